@@ -1,0 +1,40 @@
+"""Teach a small network to read handwritten digits, on any number of ranks.
+
+mpidl run -n 2 examples/digits_mlp.py --strategy ring
+"""
+
+import options
+
+import mpidl
+from mpidl import data, nn, optim
+
+
+def main() -> None:
+    args = options.parse(__doc__, epochs=30, batch_size=64)
+    world = mpidl.init()
+    nn.seed(args.seed)
+    model = nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+    train, test = data.digits()
+    trainer = mpidl.Trainer(
+        model.to(args.device),
+        nn.cross_entropy,
+        optim.SGD(lr=0.1, momentum=0.9),
+        strategy=args.strategy,
+        out=args.out,
+        settings=vars(args),
+    )
+    history = trainer.fit(train, args.epochs, args.batch_size, evaluate=test, seed=args.seed)
+    if world.rank == 0:
+        last = history[-1]
+        rates = sorted(epoch.samples_per_second for epoch in history)
+        print(
+            f"test accuracy  {last.metrics['accuracy']:.2%} on {len(test)} digits never trained on"
+        )
+        print(f"speed          {rates[len(rates) // 2]:,.0f} samples/s on {world.size} ranks")
+        print(f"strategy       {args.strategy}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Data-parallel training over MPI.
+
+`import mpidl` starts nothing; `mpidl.init()` starts MPI.
+"""
+
+from mpidl import autograd, data, errors, nn, optim, strategies
+from mpidl.autograd import Tensor, no_grad, tensor
+from mpidl.average import average
+from mpidl.errors import MpidlError
+from mpidl.parallel import DataParallel
+from mpidl.trainer import Epoch, Trainer
+from mpidl.world import World, init
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataParallel",
+    "Epoch",
+    "MpidlError",
+    "Tensor",
+    "Trainer",
+    "World",
+    "autograd",
+    "average",
+    "data",
+    "errors",
+    "init",
+    "nn",
+    "no_grad",
+    "optim",
+    "strategies",
+    "tensor",
+]

@@ -1,0 +1,5 @@
+"""`python -m mpidl` is `mpidl`."""
+
+from mpidl.cli import main
+
+main()

@@ -1,0 +1,95 @@
+"""NumPy or CuPy: everything else asks here, and never imports either by name on the device path."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from mpidl.errors import DeviceNotFound, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: A NumPy array, or a CuPy array, which has the same methods.
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+CACHE_BLOCK_BYTES = 1 << 17  # three operands of this size stay in a core's L2 cache
+ALIGNMENT_BYTES = 64  # one cache line, one AVX-512 register
+
+
+def is_array(value: object) -> bool:
+    """Tell whether `value` is a NumPy or CuPy array."""
+    return isinstance(value, np.ndarray) or is_device(value)
+
+
+def is_device(value: object) -> bool:
+    """Tell whether `value` is an array in GPU memory. Imports nothing."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def namespace(value: object) -> Any:
+    """Return the module, numpy or cupy, whose functions work on `value`."""
+    return sys.modules["cupy"] if is_device(value) else np
+
+
+def device_namespace(device: str) -> Any:
+    """Return numpy for "cpu", cupy for "cuda" (the current GPU of this process).
+
+    Raises DeviceNotFound where CuPy or a GPU is missing, InvalidArgument for another name.
+    """
+    if device == "cpu":
+        return np
+    if device != "cuda":
+        raise InvalidArgument(f"device {device!r}: expected 'cpu' or 'cuda'")
+    try:
+        cupy = importlib.import_module("cupy")
+        count = cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise DeviceNotFound(
+            "device 'cuda' needs CuPy: pip install 'mpidl[cuda12]' or 'mpidl[cuda13]'"
+        ) from error
+    except Exception as error:  # CuPy's own error class lives in the module that may be broken
+        raise DeviceNotFound(
+            f"device 'cuda': CuPy finds no usable GPU ({error}); use device 'cpu'"
+        ) from error
+    if count == 0:
+        raise DeviceNotFound("device 'cuda': no GPU is visible; see CUDA_VISIBLE_DEVICES")
+    return cupy
+
+
+def to_device(value: Array, device: str) -> Array:
+    """Return `value` in the memory of `device`; the same array if it is there already."""
+    xp = device_namespace(device)
+    return to_numpy(value) if xp is np else xp.asarray(value)
+
+
+def to_numpy(value: Any) -> Array:
+    """Return `value` as a NumPy array, copied from the GPU if it is there."""
+    return value.get() if is_device(value) else np.asarray(value)
+
+
+def synchronize(value: Array) -> None:
+    """Wait until the GPU has written `value`: MPI does not know CUDA streams. Free on the CPU."""
+    if is_device(value):
+        sys.modules["cupy"].cuda.get_current_stream().synchronize()
+
+
+def aligned_zeros(size: int, dtype: Any, xp: Any = np) -> Array:
+    """Return `size` zeros whose first byte stands on a cache line."""
+    if xp is not np:  # CuPy's pool aligns to 512 bytes
+        return xp.zeros(size, dtype)
+    dtype = np.dtype(dtype)
+    raw = np.zeros(size * dtype.itemsize + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + size * dtype.itemsize].view(dtype)
+
+
+def blocks(array: Array) -> Iterator[slice]:
+    """Cut a flat array into slices that stay in cache; a GPU needs no cutting, and gets one."""
+    step = array.size if is_device(array) else CACHE_BLOCK_BYTES // array.itemsize
+    for start in range(0, array.size, max(1, step)):
+        yield slice(start, min(start + step, array.size))

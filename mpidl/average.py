@@ -1,0 +1,64 @@
+"""`mpidl.average`: the mean over ranks of arrays of one's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mpidl.array import is_array
+from mpidl.bucket import check_dtype
+from mpidl.errors import InvalidArgument
+from mpidl.strategies import AllReduce
+from mpidl.world import init
+
+if TYPE_CHECKING:
+    from mpidl.array import Array
+    from mpidl.world import World
+
+Arrays = Any  # an array, or a list, tuple or dict of such
+
+
+def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) -> Arrays:
+    """Replace each array by its weighted mean over ranks, in place. Collective.
+
+    `arrays` is an array of any shape (float32 or float64, NumPy or CuPy), or a list, tuple or
+    dict of such, nested as one likes, and the same on every rank. `weight` is what this rank's
+    part counts, its number of samples, say; 0 for a rank that has none. Returns `arrays`.
+
+    Raises on every rank, before anything is changed: UnsupportedDtype; InvalidArgument for what
+    is no array or read-only, or a negative weight; RankMismatch where names, shapes or dtypes
+    differ between ranks.
+    """
+    world = world or init()
+    leaves: dict[str, Array] = {}
+    with world.together():
+        _collect(arrays, "arrays", leaves)
+        if not 0 <= weight < float("inf"):
+            raise InvalidArgument(f"weight={weight}: expected a finite number, 0 or more")
+    world.same(", ".join(f"{k} {v.shape} {v.dtype}" for k, v in leaves.items()), "arrays")
+    total = float(world.sum([weight])[0])
+    if total == 0:
+        raise InvalidArgument("the weights of all ranks are 0: there is no mean")
+    strategy = AllReduce(world)
+    for leaf in leaves.values():
+        flat = leaf.reshape(-1)
+        strategy.reduce(flat, weight / total)
+        if not leaf.flags.c_contiguous:  # then `flat` is a copy
+            leaf[...] = flat.reshape(leaf.shape)
+    strategy.close()
+    return arrays
+
+
+def _collect(value: Arrays, name: str, leaves: dict[str, Array]) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _collect(item, f"{name}[{key!r}]", leaves)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _collect(item, f"{name}[{i}]", leaves)
+    elif not is_array(value):
+        raise InvalidArgument(f"{name} is a {type(value).__name__}; expected an array to change")
+    elif not getattr(value.flags, "writeable", True):
+        raise InvalidArgument(f"{name} is read-only; expected an array to change")
+    else:
+        check_dtype(value, name)
+        leaves[name] = value

@@ -1,0 +1,66 @@
+"""Buckets: all parameters and gradients of a model, as views into few flat arrays per dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpidl.array import ALIGNMENT_BYTES, Array, namespace
+from mpidl.errors import UnsupportedDtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from mpidl.strategies import Strategy
+
+SUPPORTED_DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`param` and `grad` (n,) hold the arrays named in `places`, from `start` on, in this order."""
+
+    param: Array
+    grad: Array
+    places: dict[str, tuple[int, tuple[int, ...]]]  #: name -> (start, shape)
+
+    def views(self) -> Iterator[tuple[str, Array, Array]]:
+        """Yield name, parameter and gradient, the latter two as views in their own shape."""
+        for name, (start, shape) in self.places.items():
+            part = slice(start, start + int(np.prod(shape)))
+            yield name, self.param[part].reshape(shape), self.grad[part].reshape(shape)
+
+
+def check_dtype(array: Array, name: str) -> None:
+    """Raise UnsupportedDtype unless MPI can sum the array and a mean can be held in it."""
+    if array.dtype.name not in SUPPORTED_DTYPES:
+        raise UnsupportedDtype(
+            f"{name} has dtype {array.dtype}; supported are {', '.join(SUPPORTED_DTYPES)}"
+        )
+
+
+def allocate(arrays: Mapping[str, Array], strategy: Strategy, bucket_bytes: int) -> list[Bucket]:
+    """Lay out `arrays` in buckets of about `bucket_bytes`, one dtype each. Collective.
+
+    The last array comes first: backward makes gradients in that order. Each array starts on a
+    cache line. Nothing is copied into the buckets.
+    """
+    groups: dict[str, list[str]] = {}  # dtype, then names
+    for name in reversed(list(arrays)):
+        groups.setdefault(arrays[name].dtype.str, []).append(name)
+    buckets = []
+    for names in groups.values():
+        places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        end = 0
+        for i, name in enumerate(names):
+            array = arrays[name]
+            places[name] = (end, array.shape)
+            line = ALIGNMENT_BYTES // array.itemsize
+            end = -(-(end + array.size) // line) * line
+            if end * array.itemsize >= bucket_bytes or i == len(names) - 1:
+                param, grad = strategy.allocate(end, array.dtype, namespace(array))
+                buckets.append(Bucket(param, grad, places))
+                places, end = {}, 0
+    return buckets

@@ -1,0 +1,104 @@
+"""The commands and their options. What they do stands in the file of the same name."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from mpidl import __version__
+from mpidl.cli import copy as copying
+from mpidl.cli import doctor as checking
+from mpidl.cli import launcher
+from mpidl.errors import MpidlError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Data-parallel training over MPI.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...")],
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Number of ranks.")] = 1,
+    module: Annotated[
+        bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
+    ] = False,
+    launcher_args: Annotated[
+        str, typer.Option(help="More options for mpirun, in one string: '--host a:2,b:2'.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
+) -> None:
+    """Run a script on several ranks, with the launcher of the MPI that Python loads.
+
+    SCRIPT is a Python file, or any other program. A convenience: mpirun, mpiexec and srun
+    work just as well.
+    """
+    library = _or_exit(launcher.find)
+    environment = launcher.environment(library, ranks)
+    program = launcher.program(command, module=module)
+    line = [*launcher.options(library, ranks), *shlex.split(launcher_args), *program]
+    if dry_run:
+        changes = [f"{name}={value}" for name, value in environment.items()]
+        print(shlex.join(["env", *changes, *line] if changes else line))
+        return
+    sys.stdout.flush()
+    # The launcher takes this process's place: its exit status and Ctrl-C need no one between.
+    os.execve(line[0], line, {**os.environ, **environment})
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which MPI, launcher, cores and GPUs there are, and what is missing."""
+    report = checking.examine()
+    checking.show(report, as_json=as_json)
+    raise typer.Exit(0 if report.healthy else 1)
+
+
+@app.command()
+def copy(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Such as examples, or launch/slurm_cpu.sbatch.")
+    ] = None,
+    to: Annotated[Path, typer.Option(help="The folder that gets them.")] = Path(),
+) -> None:
+    """Copy the examples and launch templates that come with mpidl; list them without a name."""
+    if not names:
+        print("\n".join(copying.available()))
+        return
+    for name in names:
+        for path in _or_exit(partial(copying.copy, name, to)):
+            print(path)
+
+
+def _or_exit(function: Callable[[], T]) -> T:
+    """Turn an error of ours into one line and exit status 2."""
+    try:
+        return function()
+    except MpidlError as error:
+        print(f"mpidl: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None

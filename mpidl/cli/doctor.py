@@ -1,0 +1,171 @@
+"""`mpidl doctor`: one screen on what is there, and what to do about what is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import mpidl
+from mpidl.cli import launcher
+from mpidl.errors import MpidlError
+
+PROBE_RANKS = 2
+PROBE_SECONDS = 60
+LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+
+
+@dataclass
+class Report:
+    """What was found. `problems` keep training from working; `advice` does not."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether training on several ranks works here."""
+        return not self.problems
+
+
+def examine() -> Report:
+    """Look at this machine and environment. Starts MPI only in child processes."""
+    report = Report()
+    facts = report.facts
+    facts["mpidl"] = mpidl.__version__
+    facts["python"] = f"{platform.python_version()} ({sys.executable})"
+    facts["numpy"] = np.__version__
+    facts["mpi4py"] = _version("mpi4py")
+    facts["cores"] = len(os.sched_getaffinity(0))
+    facts["omp_num_threads"] = os.environ.get("OMP_NUM_THREADS")
+    facts["inside"] = [name for name in LAUNCHERS if name in os.environ]
+    _mpi(report)
+    _gpu(report)
+    return report
+
+
+def _mpi(report: Report) -> None:
+    facts = report.facts
+    facts.update(mpi=None, mpi_library=None, launcher=None, thread_level=None, ranks_per_node=None)
+    try:
+        library = launcher.query()
+        facts.update(mpi=library.version, mpi_library=library.path, launcher=library.launcher)
+        library = launcher.find()
+    except MpidlError as error:
+        report.problems.append(str(error))
+        return
+    line = [*launcher.options(library, PROBE_RANKS), sys.executable, "-m", "mpidl.cli.probe"]
+    environment = {**launcher.clean_environment(), **launcher.environment(library, PROBE_RANKS)}
+    try:
+        result = subprocess.run(
+            line,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        report.problems.append(f"two ranks did not end within {PROBE_SECONDS} s: {' '.join(line)}")
+        return
+    told = next((text for text in result.stdout.splitlines() if text.startswith("{")), None)
+    if result.returncode or told is None:
+        reason = "\n".join((result.stderr or result.stdout).strip().splitlines()[-8:])
+        report.problems.append(f"two ranks failed (exit status {result.returncode}):\n{reason}")
+        return
+    found = json.loads(told)
+    facts["thread_level"] = found["thread_level"]
+    facts["ranks_per_node"] = f"{found['ranks_per_node']} of {found['ranks']} in a trial run"
+    facts["cuda_aware"] = found["cuda_aware"]
+    if found["ranks"] != PROBE_RANKS or not found["allreduce_works"]:
+        report.problems.append(f"two ranks were asked for, and this came: {found}")
+    if found["thread_level"] != "multiple":
+        report.advice.append("MPI has no MPI_THREAD_MULTIPLE: averaging cannot overlap backward")
+
+
+def _gpu(report: Report) -> None:
+    facts = report.facts
+    facts["cupy"] = _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")
+    facts["gpus"] = []
+    driver = os.path.exists("/proc/driver/nvidia/version")  # noqa: PTH110
+    if facts["cupy"] is None:
+        if driver:
+            report.advice.append(
+                "an NVIDIA driver is loaded, but CuPy is missing: pip install 'mpidl[cuda12]'"
+            )
+        return
+    code = (
+        "import cupy, json; r = cupy.cuda.runtime; print(json.dumps([r.getDeviceProperties(i)"
+        "['name'].decode() for i in range(r.getDeviceCount())]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    if result.returncode == 0:
+        facts["gpus"] = json.loads(result.stdout)
+    elif driver:
+        report.advice.append(f"CuPy finds no GPU: {result.stderr.strip().splitlines()[-1]}")
+    if facts["gpus"] and facts.get("cuda_aware") != "yes":
+        report.advice.append(
+            "MPI does not say that it is CUDA-aware: GPU arrays travel through pinned host memory"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+LABELS = {
+    "mpidl": "mpidl",
+    "python": "Python",
+    "numpy": "NumPy",
+    "mpi4py": "mpi4py",
+    "mpi": "MPI",
+    "mpi_library": "MPI library",
+    "launcher": "launcher",
+    "thread_level": "thread level",
+    "ranks_per_node": "ranks per node",
+    "cores": "cores",
+    "omp_num_threads": "OMP_NUM_THREADS",
+    "inside": "started by",
+    "cupy": "CuPy",
+    "gpus": "GPUs",
+    "cuda_aware": "CUDA-aware MPI",
+}
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    """Print the report, as JSON or for a person."""
+    if as_json:
+        print(json.dumps({**asdict(report), "healthy": report.healthy}, indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(show_header=False, box=None)
+    for key, label in LABELS.items():
+        value = report.facts.get(key)
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        table.add_row(
+            f"[bold]{label}[/]", escape(str(shown)) if shown not in (None, "") else "none"
+        )
+    console.print(table)
+    for text in report.problems:
+        console.print("[bold red]problem[/] " + escape(text))
+    for text in report.advice:
+        console.print("[bold yellow]advice[/]  " + escape(text))
+    if report.healthy:
+        console.print("[bold green]ready[/]   mpidl run -n 2 SCRIPT will work here")

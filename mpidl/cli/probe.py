@@ -1,0 +1,40 @@
+"""Run by `mpidl doctor` on two ranks: what MPI says once it is started. Prints JSON on rank 0."""
+
+from __future__ import annotations
+
+import json
+
+import mpidl
+from mpidl import mpi
+
+LEVELS = {0: "single", 1: "funneled", 2: "serialized", 3: "multiple"}
+
+
+def main() -> None:
+    """Start MPI and tell."""
+    world = mpidl.init()
+    cuda_aware = mpi.cuda_aware()
+    works = bool((mpidl.average(_ranks(world)) == (world.size - 1) / 2).all())
+    if world.rank == 0:
+        print(
+            json.dumps(
+                {
+                    "ranks": world.size,
+                    "ranks_per_node": world.local_size,
+                    "nodes": world.nodes,
+                    "thread_level": LEVELS[world.MPI.Query_thread()],
+                    "cuda_aware": cuda_aware,
+                    "allreduce_works": works,
+                }
+            )
+        )
+
+
+def _ranks(world: mpidl.World):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    return np.full(1000, world.rank, np.float32)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The one place where environment variables are read."""
+
+from __future__ import annotations
+
+import os
+
+from mpidl.errors import InvalidArgument
+
+
+def cuda_aware() -> str:
+    """MPIDL_CUDA_AWARE: "yes" or "no" overrules what the MPI library says; "auto" asks it."""
+    return _choice("MPIDL_CUDA_AWARE", "auto", ("auto", "yes", "no"))
+
+
+def terminal_width() -> int | None:
+    """MPIDL_TERMINAL: columns of the terminal behind the launcher's pipe; None if there is none.
+
+    `mpidl run` sets it, since a rank sees only the launcher's pipe.
+    """
+    value = os.environ.get("MPIDL_TERMINAL", "")
+    return int(value) if value.isdigit() else None
+
+
+def launched_size() -> tuple[str, int] | None:
+    """Return the variable with which a launcher tells the number of ranks, and that number.
+
+    mpirun's own variables come first: inside a SLURM job both kinds are there. A job step's
+    count is used and not the job's, which is set in batch scripts too.
+    """
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return name, int(value)
+    return None
+
+
+def _choice(name: str, default: str, valid: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default)
+    if value not in valid:
+        raise InvalidArgument(f"{name}={value!r}: expected one of {', '.join(valid)}")
+    return value

@@ -1,0 +1,72 @@
+"""The folder of a run: what was asked for, where it ran, and what came out, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpidl.world import World
+
+
+class RunFolder:
+    """`config.json`, and `metrics.jsonl` with one line per epoch. Made new; no line is ever lost.
+
+    Collective: each rank tells its host, and if rank 0 cannot write, every rank raises.
+    """
+
+    def __init__(self, path: str | Path, world: World, settings: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.writes = world.rank == 0
+        hosts = world.gather(platform.node())
+        with world.together():
+            if self.writes:
+                self._create({**settings, **_environment(world, hosts)})
+
+    def _create(self, config: dict[str, Any]) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config, indent=2, default=_plain)
+            (self.path / "config.json").write_text(text + "\n")
+            (self.path / "metrics.jsonl").write_text("")
+        except OSError as error:
+            from mpidl.errors import InvalidArgument
+
+            raise InvalidArgument(f"cannot write the run folder {self.path}: {error}") from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, on rank 0."""
+        if self.writes:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record, default=_plain) + "\n")
+
+
+def _environment(world: World, hosts: list[str]) -> dict[str, Any]:
+    from mpidl import __version__
+
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "ranks": world.size,
+        "nodes": world.nodes,
+        "hosts": hosts,
+        "mpi": world.MPI.Get_library_version().split("\n")[0].rstrip("\0 "),
+        "versions": {
+            "mpidl": __version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: asdict(value)}
+    return str(value)

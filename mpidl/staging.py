@@ -1,0 +1,61 @@
+"""Memory that MPI may read and write, for an array that may live on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mpidl import mpi
+from mpidl.array import is_device, synchronize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+
+    from mpidl.array import Array
+
+
+class Staging:
+    """Hands MPI the array itself, or a pinned copy in host memory where MPI knows no CUDA.
+
+    The pinned memory is kept for the next call. Each strategy that moves bytes has one of these.
+    """
+
+    def __init__(self) -> None:
+        self._pinned: dict[tuple[int, str], Array] = {}
+
+    @cached_property
+    def direct(self) -> bool:
+        """Whether MPI takes pointers to GPU memory; "unknown" counts as no, which always works."""
+        return mpi.cuda_aware() == "yes"
+
+    @contextmanager
+    def host(self, array: Array, *, read: bool = True, write: bool = True) -> Iterator[Array]:
+        """Yield memory that holds `array` (n,) for MPI to read, and brings back what MPI writes.
+
+        `read` or `write` False saves the copy to, or from, the host.
+        """
+        if not is_device(array) or self.direct:
+            synchronize(array)
+            yield array
+            return
+        staged = self._buffer(array.size, array.dtype)
+        if read:
+            array.get(out=staged)  # type: ignore[attr-defined]  # CuPy; waits for the stream
+        yield staged
+        if write:
+            array.set(staged)  # type: ignore[attr-defined]
+            synchronize(array)  # the pinned memory is free again
+
+    def _buffer(self, size: int, dtype: np.dtype[Any]) -> Array:
+        key = (size, dtype.str)
+        if key not in self._pinned:
+            self._pinned[key] = importlib.import_module("cupyx").empty_pinned(size, dtype)
+        return self._pinned[key]
+
+    def close(self) -> None:
+        """Give the pinned memory back."""
+        self._pinned.clear()

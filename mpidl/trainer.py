@@ -1,0 +1,184 @@
+"""`Trainer`: the training loop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpidl import data, nn, progress
+from mpidl.array import is_device
+from mpidl.autograd import Tensor, no_grad
+from mpidl.errors import InvalidArgument
+from mpidl.parallel import DataParallel
+from mpidl.run_folder import RunFolder
+from mpidl.world import World, init
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from mpidl.array import Array
+    from mpidl.data import Dataset
+    from mpidl.optim import Optimizer
+    from mpidl.strategies import Strategy
+
+    Loss = Callable[[Tensor, Array], Tensor]
+    Metric = Callable[[Tensor, Array], float]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to; the same on every rank."""
+
+    epoch: int  #: from 1
+    steps: int  #: since the start of the fit
+    loss: float  #: mean over the training samples, each taken before its own update
+    metrics: dict[str, float]  #: of the samples given as `evaluate`; "loss" among them
+    seconds: float  #: spent in training steps, on the slowest rank
+    samples_per_second: float  #: of all ranks together
+
+
+class Trainer:
+    """Fits `model` to data, on all ranks of the world.
+
+    Takes the arguments of `DataParallel`, and:
+
+    Args:
+        loss: function (output, target) -> mean over the samples, as a tensor of one element.
+        metrics: name -> function (output, target) -> mean over the samples. By default accuracy
+            where the loss is `nn.cross_entropy`, else none.
+        out: folder for `config.json` and `metrics.jsonl`, written by rank 0.
+        settings: what else `config.json` is to hold.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: Optimizer,
+        strategy: str | Strategy = "allreduce",
+        *,
+        world: World | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        check_finite: bool = False,
+        out: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.world = world or init()
+        self.model, self.loss = model, loss
+        if metrics is None:
+            metrics = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
+        self.metrics = dict(metrics)
+        self.replica = DataParallel(
+            model, optimizer, strategy, world=self.world, check_finite=check_finite
+        )
+        self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
+        self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
+
+    def fit(
+        self,
+        train: Dataset,
+        epochs: int,
+        batch_size: int,
+        *,
+        evaluate: Dataset | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> list[Epoch]:
+        """Train for `epochs` epochs with global batches of `batch_size` samples. Collective.
+
+        Returns one `Epoch` each. `evaluate` is measured after every epoch. Raises on every rank
+        what `data.batches` and `DataParallel.step` raise.
+        """
+        if epochs < 0:
+            raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
+
+        def batches(epoch: int) -> data.Batches:
+            return data.batches(
+                train,
+                batch_size,
+                world=self.world,
+                seed=seed,
+                epoch=epoch,
+                shuffle=shuffle,
+                device=self.device,
+            )
+
+        steps = epochs * len(batches(0))
+        folder = self._folder(train, epochs=epochs, batch_size=batch_size, seed=seed)
+        history: list[Epoch] = []
+        with progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown:
+            for number in range(epochs):
+                loss, seconds = self._train(batches(number), shown)
+                metrics = {} if evaluate is None else self.evaluate(evaluate, batch_size)
+                result = Epoch(
+                    epoch=number + 1,
+                    steps=(number + 1) * steps // epochs,
+                    loss=loss,
+                    metrics=metrics,
+                    seconds=seconds,
+                    samples_per_second=len(train) / seconds,
+                )
+                history.append(result)
+                shown.epoch(_line(result, epochs))
+                if folder is not None:
+                    folder.write(asdict(result))
+        return history
+
+    def evaluate(self, dataset: Dataset, batch_size: int = 1024) -> dict[str, float]:
+        """Return "loss" and the metrics, means over `dataset`, on every rank. Collective."""
+        functions = {"loss": lambda *a: float(self.loss(*a)), **self.metrics}
+        totals = [0.0] * len(functions)
+        self.model.eval()
+        with no_grad():
+            for x, y in data.batches(
+                dataset,
+                min(batch_size, len(dataset)),
+                world=self.world,
+                shuffle=False,
+                device=self.device,
+            ):
+                output = self.model(x)
+                for i, function in enumerate(functions.values()):
+                    totals[i] += function(output, y) * len(x)
+        self.model.train()
+        means = self.world.sum(totals) / len(dataset)
+        return dict(zip(functions, map(float, means), strict=True))
+
+    def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
+        """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
+        total: Any = 0.0  # on a GPU it stays there: no step waits for it
+        left = len(batches.dataset)
+        start = time.perf_counter()
+        for x, y in batches:
+            loss = self.loss(self.model(x), y)
+            loss.backward()
+            self.replica.step(weight=len(x))
+            total = total + loss.data * len(x)
+            shown.step(min(left, batches.batch_size))
+            left -= batches.batch_size
+        loss_sum = float(total)
+        seconds = max(self.world.gather(time.perf_counter() - start))
+        return float(self.world.sum([loss_sum])[0]) / len(batches.dataset), seconds
+
+    def _folder(self, train: Dataset, **arguments: Any) -> RunFolder | None:
+        if self.out is None:
+            return None
+        asked = {
+            "strategy": type(self.replica.strategy).__name__,
+            "optimizer": self.replica.optimizer,
+            "device": self.device,
+            "samples": len(train),
+            **arguments,
+        }
+        return RunFolder(self.out, self.world, {**asked, **self.settings})
+
+
+def _line(result: Epoch, epochs: int) -> str:
+    metrics = "".join(f", test {name} {value:.4f}" for name, value in result.metrics.items())
+    rate = f"{result.samples_per_second:,.0f} samples/s"
+    number = f"{result.epoch:{len(str(epochs))}} of {epochs}"
+    return f"epoch {number}: loss {result.loss:.4f}{metrics}, {rate}"

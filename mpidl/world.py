@@ -1,0 +1,137 @@
+"""The ranks of one job, and what they do together."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from mpidl import abort, mpi
+from mpidl.errors import MpidlError, RankMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
+
+T = TypeVar("T")
+
+_world: World | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the job. Made by `mpidl.init`; `comm` is a private clone (MPI-4.1, 7.4.2)."""
+
+    MPI: Any  #: the module mpi4py.MPI
+    comm: Any  #: mpi4py.MPI.Intracomm
+    rank: int
+    size: int
+    local_rank: int  #: rank among those that share this node's memory
+    local_size: int
+    node: int  #: nodes are numbered by their lowest rank
+    nodes: int
+
+    @classmethod
+    def of(cls, MPI: Any, comm: Any) -> World:
+        """Clone `comm` and find out who shares a node with whom. Collective."""
+        comm = comm.Clone()
+        local = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+        leaders = comm.allgather(local.bcast(comm.rank))
+        order = sorted(set(leaders))
+        world = cls(
+            MPI=MPI,
+            comm=comm,
+            rank=comm.rank,
+            size=comm.size,
+            local_rank=local.rank,
+            local_size=local.size,
+            node=order.index(leaders[comm.rank]),
+            nodes=len(order),
+        )
+        local.Free()
+        return world
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        self.comm.Barrier()
+
+    def agree(self, problem: MpidlError | str | None) -> None:
+        """Raise on every rank if any rank passes a problem. Collective.
+
+        The class is that of the lowest such rank; a text is a RankMismatch. The message names
+        the ranks: "ranks 1, 3: ...", or "every rank: ..." where all say the same.
+        """
+        told = None if problem is None else (type(problem), str(problem))
+        problems = self.gather(told)
+        ranks: dict[str, list[int]] = {}
+        for rank, found in enumerate(problems):
+            if found is not None:
+                ranks.setdefault(found[1], []).append(rank)
+        if not ranks:
+            return
+        kind = next(found[0] for found in problems if found is not None)
+        error = kind if issubclass(kind, MpidlError) else RankMismatch
+        failure = error("; ".join(f"{self._names(who)}: {text}" for text, who in ranks.items()))
+        failure.collective = True
+        raise failure from (problem if isinstance(problem, MpidlError) else None)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let every rank raise what any rank raises (an MpidlError) in this context. Collective.
+
+        Nothing in the context may wait for another rank.
+        """
+        try:
+            yield
+        except MpidlError as error:
+            self.agree(error)
+        else:
+            self.agree(None)
+
+    def same(self, value: str, what: str) -> None:
+        """Raise RankMismatch on every rank where `value` is not the same on all. Collective."""
+        first = self.broadcast(value)
+        self.agree(None if value == first else f"{what}: {value}, but rank 0 has {first}")
+
+    def _names(self, ranks: list[int]) -> str:
+        if len(ranks) == self.size:
+            return "every rank" if self.size > 1 else "rank 0"
+        listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+        return f"rank{'s' * (len(ranks) > 1)} {listed}"
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        """Return rank `root`'s object on every rank (pickled on the way). Collective."""
+        return self.comm.bcast(value, root)
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's object, by rank, on every rank (pickled on the way). Collective."""
+        return self.comm.allgather(value)
+
+    def sum(self, values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Return the sum over ranks of `values` (k,), as float64, on every rank. Collective."""
+        total = np.array(values, np.float64)
+        self.comm.Allreduce(self.MPI.IN_PLACE, total)
+        return total
+
+
+def init(*, abort_on_error: bool = True) -> World:
+    """Start MPI, if it is not running, and return the world. Collective at the first call.
+
+    Works without a launcher too: then the world has one rank. With `abort_on_error`, a rank
+    that ends by an exception or by `sys.exit(n)` with n != 0 ends the whole job.
+
+    Raises MPINotFound, and LauncherMismatch where ranks started by one MPI load another.
+    """
+    global _world
+    if _world is None:
+        MPI = mpi.load()
+        mpi.check_launcher(MPI)
+        _world = World.of(MPI, MPI.COMM_WORLD)
+    if abort_on_error:
+        abort.install(_world.comm, _world.MPI.Get_processor_name())
+    else:
+        abort.uninstall()
+    return _world

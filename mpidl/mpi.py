@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from pathlib import Path
 from typing import Any
 
 from mpidl import config
@@ -60,6 +59,8 @@ def check_launcher(MPI: Any) -> None:
 
 def library_path() -> str | None:
     """Return the file that the running process loaded MPI from; None where the system hides it."""
+    from pathlib import Path  # here, since it would double the import time of mpidl
+
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -148,6 +148,7 @@ class DataParallel:
             for name, param, grad in flat.views():
                 self.parameters[name].bind(param, grad)
             root = self.world.rank == 0
-            with staging.host(flat.param, read=root, write=not root) as buffer:
-                self.world.comm.Bcast(buffer)
+            for chunk in staging.chunks(flat.param):
+                with staging.host(chunk, read=root, write=not root) as buffer:
+                    self.world.comm.Bcast(buffer)
         staging.close()

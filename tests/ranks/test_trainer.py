@@ -1,0 +1,125 @@
+"""The training loop, and the batches it takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mpidl
+from mpidl import data, nn, optim
+from mpidl.errors import BatchTooLarge, InvalidArgument, RankMismatch
+from mpidl.strategies import STRATEGIES
+from tests.ranks.test_parallel import DEVICE_OF, make_data, make_model, train_alone, weights_of
+
+
+def fit(
+    train: data.ArrayDataset, xp: Any, strategy: str = "allreduce", **options: Any
+) -> tuple[list[mpidl.Epoch], nn.Module, mpidl.Trainer]:
+    model = make_model("float64", 7, xp)
+    optimizer = optim.SGD(lr=0.2, momentum=0.9)
+    trainer = mpidl.Trainer(model, nn.cross_entropy, optimizer, strategy, quiet=True, **options)
+    history = trainer.fit(train, epochs=2, batch_size=10, evaluate=train, seed=3)
+    return history, model, trainer
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fit_equals_one_process(
+    strategy: str, world: mpidl.World, rng: np.random.Generator, xp: Any
+) -> None:
+    train = make_data(rng, 47, "float64")
+    alone = make_model("float64", 7)
+    train_alone(alone, train, 10, steps=10)
+    history, model, trainer = fit(train, xp, strategy)
+    np.testing.assert_allclose(weights_of(model), weights_of(alone), rtol=1e-11, atol=1e-12)
+
+    output = alone(train.x)
+    assert history[-1].metrics["loss"] == pytest.approx(
+        float(nn.cross_entropy(output, train.y)), rel=1e-10
+    )
+    assert history[-1].metrics["accuracy"] == pytest.approx(nn.accuracy(output, train.y))
+    assert [epoch.steps for epoch in history] == [5, 10]
+    assert trainer.device == DEVICE_OF[xp.__name__]
+    timeless = [replace(e, samples_per_second=0.0, seconds=0.0) for e in history]
+    assert all(other == timeless for other in world.gather(timeless))
+
+
+def test_loss_is_the_mean_over_all_samples(
+    world: mpidl.World, rng: np.random.Generator, xp: Any
+) -> None:
+    """With a rate of 0 the loss of the epoch is that of the whole data set, uneven parts or not."""
+    train = make_data(rng, 23, "float64")
+    model = make_model("float64", 7, xp)
+    trainer = mpidl.Trainer(model, nn.cross_entropy, optim.SGD(lr=0.0), quiet=True)
+    (epoch,) = trainer.fit(train, epochs=1, batch_size=7)
+    whole = float(nn.cross_entropy(make_model("float64", 7)(train.x), train.y))
+    assert epoch.loss == pytest.approx(whole, rel=1e-12)
+    assert epoch.metrics == {}
+
+
+def test_metrics_of_ones_own(world: mpidl.World, rng: np.random.Generator, xp: Any) -> None:
+    train = make_data(rng, 23, "float64")
+    history, _, _ = fit(train, xp, metrics={"label": lambda _, y: float(y.sum()) / max(1, len(y))})
+    assert history[0].metrics["label"] == pytest.approx(train.y.mean())
+    assert "accuracy" not in history[0].metrics
+
+
+def test_run_folder(world: mpidl.World, rng: np.random.Generator, tmp_path: Path, xp: Any) -> None:
+    folder = world.broadcast(tmp_path / "new" / "run")
+    history, _, _ = fit(make_data(rng, 30, "float64"), xp, out=folder, settings={"note": "mine"})
+    world.barrier()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert json.loads(lines[-1])["loss"] == history[-1].loss
+    config = json.loads((folder / "config.json").read_text())
+    assert config["ranks"] == len(config["hosts"]) == world.size
+    assert config["optimizer"]["SGD"]["momentum"] == 0.9
+    assert (config["seed"], config["batch_size"], config["note"]) == (3, 10, "mine")
+    assert config["versions"]["mpidl"] == mpidl.__version__
+
+
+def test_run_folder_that_cannot_be_written(
+    world: mpidl.World, rng: np.random.Generator, tmp_path: Path, xp: Any
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InvalidArgument, match="cannot write the run folder"):
+        fit(make_data(rng, 30, "float64"), xp, out=tmp_path / "file")
+
+
+def test_batch_larger_than_the_data(world: mpidl.World, rng: np.random.Generator, xp: Any) -> None:
+    with pytest.raises(BatchTooLarge, match=r"batch_size=10 is larger .* 9 samples"):
+        fit(make_data(rng, 9, "float64"), xp)
+
+
+def test_data_sets_that_differ(world: mpidl.World, rng: np.random.Generator) -> None:
+    if world.size == 1:
+        pytest.skip("one rank always agrees with itself")
+    train = make_data(rng, 30 + (world.rank == 1), "float32")
+    with pytest.raises(RankMismatch, match=r"rank 1: batches: 31 samples.*rank 0 has 30 samples"):
+        data.batches(train, 10, world=world)
+    with pytest.raises(InvalidArgument, match="seed=-1"):
+        data.batches(train, 10, world=world, seed=-1 if world.rank == 0 else 0)
+
+
+def test_shards_make_up_the_global_batches(world: mpidl.World, rng: np.random.Generator) -> None:
+    n, batch = int(rng.integers(5, 60)), 5
+    train = data.ArrayDataset(np.arange(n), np.arange(n))
+    alone = [x for x, _ in data.batches(train, batch, seed=1, epoch=2)]
+    mine = [x for x, _ in data.batches(train, batch, world=world, seed=1, epoch=2)]
+    shards = world.gather(mine)
+    assert {len(shard) for shard in shards} == {len(alone)}
+    for step, whole in enumerate(alone):
+        parts = [shard[step] for shard in shards]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_negative_epochs(world: mpidl.World, rng: np.random.Generator) -> None:
+    trainer = mpidl.Trainer(make_model("float64", 7), nn.cross_entropy, optim.SGD(lr=0.1))
+    with pytest.raises(InvalidArgument, match="epochs=-1"):
+        trainer.fit(make_data(rng, 30, "float64"), epochs=-1, batch_size=10)
+    assert trainer.fit(make_data(rng, 30, "float64"), epochs=0, batch_size=10) == []

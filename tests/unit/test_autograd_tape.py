@@ -1,0 +1,152 @@
+"""The graph: how gradients walk back through it, and when it ends."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+from mpidl import Tensor, nn, no_grad, tensor
+from mpidl.autograd import apply, check_gradients, recording
+from tests.unit.operations import values
+
+DEPTH = 100_000  # far beyond Python's limit of recursion
+
+
+def chain(x: Tensor) -> Tensor:
+    for _ in range(DEPTH):
+        x = x + 1.0
+    return x
+
+
+def test_a_product_of_a_sum() -> None:
+    x, y, z = (tensor(v, requires_grad=True) for v in (-2.0, 5.0, -4.0))
+    f = (x + y) * z
+    f.backward()
+    assert f.item() == -12
+    assert [float(t.grad) for t in (x, y, z)] == [-4, -4, 3]
+
+
+def test_a_polynomial() -> None:
+    x = tensor(2.0, requires_grad=True)
+    (2 * x**2 + 5 * x).backward()
+    assert float(x.grad) == 13
+
+
+def test_a_deep_chain_goes_forward_and_backward() -> None:
+    x = Tensor(np.zeros(2), requires_grad=True)
+    y = chain(x)
+    np.testing.assert_array_equal(y.data, [DEPTH, DEPTH])
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad, [1, 1])
+
+
+def test_a_deep_chain_can_be_dropped_without_backward() -> None:
+    y = chain(Tensor(np.zeros(2), requires_grad=True))
+    end = weakref.ref(y)
+    del y
+    gc.collect()
+    assert end() is None
+
+
+def test_backward_lets_go_of_what_is_between() -> None:
+    x = tensor([1.0, 2.0], requires_grad=True)
+    between = x * 2
+    loss = between.sum()
+    gone = weakref.ref(between)
+    del between
+    loss.backward()
+    assert gone() is None
+
+
+def test_a_diamond(rng: np.random.Generator) -> None:
+    def diamond(x: Tensor) -> Tensor:
+        top = x * x
+        left, right = apply("tanh", top), top * 3.0
+        return left * right + top
+
+    check_gradients(diamond, values(rng, (3, 2)))
+
+
+def test_a_ladder_of_diamonds_takes_each_node_once() -> None:
+    """2^60 paths lead from the end to the leaf; a walk along paths would not end."""
+    x = Tensor(np.array(1.0), requires_grad=True)
+    y = x
+    for _ in range(60):
+        y = y * 0.5 + y * 0.5
+    y.backward()
+    np.testing.assert_allclose(x.grad, 1, rtol=1e-12)
+
+
+def test_a_leaf_used_often(rng: np.random.Generator) -> None:
+    check_gradients(lambda x: x * x + x @ x.T @ x + x, values(rng, (3, 3)))
+
+
+def test_a_matrix_times_itself(rng: np.random.Generator) -> None:
+    check_gradients(lambda x: x @ x, values(rng, (4, 4)))
+
+
+def test_sharing_a_gradient_between_inputs_changes_neither() -> None:
+    """The adjoint of a sum hands the same array to both inputs; later terms must not add to it."""
+    x, y = (tensor([1.0, 1.0], requires_grad=True) for _ in range(2))
+    a, b = x * 1.0, y * 1.0
+    (a + b + a).sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2])
+    np.testing.assert_array_equal(y.grad, [1, 1])
+
+
+def test_backward_leaves_the_given_gradient_alone() -> None:
+    x = tensor([1.0, 2.0], requires_grad=True)
+    given = np.ones(2, np.float32)
+    (x + x).backward(given)
+    x.backward(given)
+    np.testing.assert_array_equal(x.grad, [3, 3])
+    np.testing.assert_array_equal(given, [1, 1])
+
+
+def test_gradients_add_up_over_two_backwards(rng: np.random.Generator) -> None:
+    x = Tensor(values(rng, (3,)), requires_grad=True)
+    (x * 2.0).sum().backward()
+    (x * 3.0).sum().backward()
+    np.testing.assert_allclose(x.grad, np.full(3, 5.0), rtol=1e-12)
+    x.zero_grad()
+    assert x.grad is None
+    (x * 4.0).sum().backward()
+    np.testing.assert_allclose(x.grad, np.full(3, 4.0), rtol=1e-12)
+
+
+def test_no_grad_nested_and_after_an_exception() -> None:
+    x = tensor(1.0, requires_grad=True)
+    with no_grad():
+        with pytest.raises(RuntimeError, match="inside"), no_grad():
+            raise RuntimeError("inside")
+        assert not recording()
+        assert not (x * 2).requires_grad
+    assert recording()
+    assert (x * 2).requires_grad
+
+
+def test_no_grad_is_of_one_thread() -> None:
+    seen: list[bool] = []
+    with no_grad():
+        thread = threading.Thread(target=lambda: seen.append(recording()))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_detach_cuts_the_graph_and_shares_memory() -> None:
+    x = tensor(3.0, requires_grad=True)
+    y = x * x
+    (y.detach() * x).backward()
+    assert float(x.grad) == 9
+    assert np.shares_memory(y.detach().data, y.data)
+    assert not y.detach().requires_grad
+
+
+def test_a_model_in_no_grad_records_nothing() -> None:
+    with no_grad():
+        assert nn.Linear(2, 3)(np.ones((1, 2), np.float32)).node is None

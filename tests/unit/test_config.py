@@ -1,0 +1,71 @@
+"""Environment variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpidl import config
+from mpidl.errors import InvalidArgument
+
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*SIZES, "SLURM_NTASKS", "MPIDL_CUDA_AWARE", "MPIDL_TERMINAL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("value", ["auto", "yes", "no"])
+def test_cuda_aware_takes(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPIDL_CUDA_AWARE", value)
+    assert config.cuda_aware() == value
+
+
+def test_cuda_aware_is_asked_of_the_library_by_default() -> None:
+    assert config.cuda_aware() == "auto"
+
+
+@pytest.mark.parametrize("value", ["1", "", "YES"])
+def test_an_unknown_setting_lists_the_known_ones(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIDL_CUDA_AWARE", value)
+    message = f"MPIDL_CUDA_AWARE='{value}': expected one of auto, yes, no"
+    with pytest.raises(InvalidArgument, match=message):
+        config.cuda_aware()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ("OMPI_COMM_WORLD_SIZE", 4)),
+        ({"PMI_SIZE": "3"}, ("PMI_SIZE", 3)),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, ("SLURM_STEP_NUM_TASKS", 2)),
+        # mpirun inside a SLURM step: mpirun started the ranks
+        ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "1"}, ("OMPI_COMM_WORLD_SIZE", 4)),
+        ({"PMI_SIZE": "4", "SLURM_STEP_NUM_TASKS": "1"}, ("PMI_SIZE", 4)),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "PMI_SIZE": "2"}, ("OMPI_COMM_WORLD_SIZE", 4)),
+        ({"SLURM_NTASKS": "8"}, None),  # of the job: set in a batch script, where one process runs
+        ({"OMPI_COMM_WORLD_SIZE": "many", "PMI_SIZE": "2"}, ("PMI_SIZE", 2)),
+        ({"PMI_SIZE": ""}, None),
+    ],
+)
+def test_the_size_a_launcher_tells(
+    environment: dict[str, str],
+    expected: tuple[str, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert config.launched_size() == expected
+
+
+@pytest.mark.parametrize(("value", "width"), [("132", 132), ("", None), ("wide", None)])
+def test_the_width_of_the_terminal(
+    value: str, width: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.terminal_width() is None
+    monkeypatch.setenv("MPIDL_TERMINAL", value)
+    assert config.terminal_width() == width

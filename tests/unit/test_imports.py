@@ -1,0 +1,132 @@
+"""What importing costs, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpidl
+
+PACKAGE = Path(mpidl.__file__).parent
+MAX_LINES = 350
+SECONDS_BEYOND_NUMPY = 0.05
+
+LEVELS = {
+    "array": 0,
+    "config": 0,
+    "errors": 0,
+    "abort": 1,
+    "autograd": 1,
+    "mpi": 1,
+    "world": 1,
+    "data": 2,
+    "nn": 2,
+    "optim": 2,
+    "average": 3,
+    "bucket": 3,
+    "staging": 3,
+    "strategies": 3,
+    "parallel": 4,
+    "progress": 4,
+    "run_folder": 4,
+    "trainer": 4,
+    "__init__": 4,  # `from mpidl import __version__`; it may itself import all below the commands
+    "__main__": 5,
+    "cli": 5,
+}
+FORBIDDEN = [  # besides what is above
+    *((room, other) for room in ("average", "bucket", "staging", "strategies")
+      for other in ("autograd", "data", "nn", "optim")),
+    ("autograd", "world"),
+    ("world", "autograd"),
+]  # fmt: skip
+
+
+def room_of(module: str) -> str:
+    """Return the file or folder below mpidl/ that `module` ("mpidl.nn.layers") lies in."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def internal_imports(source: str) -> set[str]:
+    """Return the rooms that Python `source` imports, wherever the import stands in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {room_of(a.name) for a in node.names if a.name.split(".")[0] == "mpidl"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that this test can read them"
+            if node.module == "mpidl":
+                rooms = {a.name for a in node.names}
+                found |= {r if is_room(r) else "__init__" for r in rooms}
+            elif (node.module or "").startswith("mpidl."):
+                found.add(room_of(node.module or ""))
+    return found
+
+
+def is_room(name: str) -> bool:
+    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "share" not in p.relative_to(PACKAGE).parts)
+NAMES = [str(p.relative_to(PACKAGE)) for p in FILES]
+
+
+def test_every_file_and_folder_has_a_level() -> None:
+    rooms = {Path(name).parts[0].removesuffix(".py") for name in NAMES}
+    assert rooms == set(LEVELS)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "__init__.py"])
+def test_imports_go_downward(name: str) -> None:
+    room = Path(name).parts[0].removesuffix(".py")
+    rooms = internal_imports((PACKAGE / name).read_text()) - {room}
+    upward = {other for other in rooms if LEVELS[other] > LEVELS[room]}
+    assert not upward, f"{name} (level {LEVELS[room]}) imports {upward}"
+    forbidden = {other for other in rooms if (room, other) in FORBIDDEN}
+    assert not forbidden, f"{name} imports {forbidden}"
+
+
+def test_all_ways_to_import_are_seen() -> None:
+    source = """
+import mpidl.nn.layers, numpy
+from mpidl import data, __version__
+from mpidl.cli.copy import copy
+def later():
+    from mpidl.world import init
+if TYPE_CHECKING:
+    import mpidl
+"""
+    assert internal_imports(source) == {"nn", "data", "__init__", "cli", "world"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_is_too_long(name: str) -> None:
+    assert len((PACKAGE / name).read_text().splitlines()) <= MAX_LINES
+
+
+def python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("module", ["mpidl", "mpidl.cli"])
+def test_importing_starts_no_mpi_and_loads_no_framework(module: str) -> None:
+    heavy = ["mpi4py", "torch", "jax", "keras", "cupy", "rich", "typer", "sklearn", "scipy"]
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_importing_is_quick() -> None:
+    """The least of five: the others tell of what else the machine does."""
+    code = (
+        "import time, numpy, numpy.random; start = time.process_time(); "  # numpy.random comes late
+        "import mpidl; print(time.process_time() - start)"
+    )
+    assert min(float(python(code)) for _ in range(5)) < SECONDS_BEYOND_NUMPY

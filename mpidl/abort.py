@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn
 
-PRINT_SECONDS = 1.0  # time for rank 0 to print an error that all ranks share
+PRINT_SECONDS = 3.0  # time for rank 0 to print an error that all ranks share, and end them
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 _guard: _Guard | None = None
@@ -62,12 +62,11 @@ class _Guard:
         if issubclass(kind, KeyboardInterrupt):
             self.abort(INTERRUPTED)
         if isinstance(error, MpidlError) and error.collective and self.comm.rank != 0:
-            time.sleep(PRINT_SECONDS)  # rank 0 raised it too, and prints it for all
-        else:
-            head = f"mpidl: rank {self.comm.rank} of {self.comm.size} on {self.host} failed\n"
-            text = head + "".join(traceback.format_exception(kind, error, trace))
-            sys.stderr.flush()
-            os.write(2, text.encode(errors="replace"))  # in one piece, also beside other ranks
+            time.sleep(PRINT_SECONDS)  # we outlive this only if rank 0 caught it
+        head = f"mpidl: rank {self.comm.rank} of {self.comm.size} on {self.host} failed\n"
+        text = head + "".join(traceback.format_exception(kind, error, trace))
+        sys.stderr.flush()
+        os.write(2, text.encode(errors="replace"))  # in one piece, also beside other ranks
         self.abort(1)
 
     def on_thread_error(self, args: threading.ExceptHookArgs) -> None:

@@ -90,6 +90,6 @@ def aligned_zeros(size: int, dtype: Any, xp: Any = np) -> Array:
 
 def blocks(array: Array) -> Iterator[slice]:
     """Cut a flat array into slices that stay in cache; a GPU needs no cutting, and gets one."""
-    step = array.size if is_device(array) else CACHE_BLOCK_BYTES // array.itemsize
-    for start in range(0, array.size, max(1, step)):
+    step = max(1, array.size if is_device(array) else CACHE_BLOCK_BYTES // array.itemsize)
+    for start in range(0, array.size, step):
         yield slice(start, min(start + step, array.size))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mpidl.strategies import Strategy
 
-SUPPORTED_DTYPES = ("float32", "float64")
+SUPPORTED_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))  # in the machine's byte order
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,9 @@ class Bucket:
 
 def check_dtype(array: Array, name: str) -> None:
     """Raise UnsupportedDtype unless MPI can sum the array and a mean can be held in it."""
-    if array.dtype.name not in SUPPORTED_DTYPES:
-        raise UnsupportedDtype(
-            f"{name} has dtype {array.dtype}; supported are {', '.join(SUPPORTED_DTYPES)}"
-        )
+    if array.dtype not in SUPPORTED_DTYPES:
+        known = ", ".join(map(str, SUPPORTED_DTYPES))
+        raise UnsupportedDtype(f"{name} has dtype {array.dtype}; supported are {known}")
 
 
 def allocate(arrays: Mapping[str, Array], strategy: Strategy, bucket_bytes: int) -> list[Bucket]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 LINE_SECONDS = 5.0  # between two lines of a log file
+PIPE_SECONDS = 0.1
 
 
 class Progress(Protocol):
@@ -75,6 +76,7 @@ class _Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
+        self.piped = width is not None
         console = Console(stderr=True, width=width, force_terminal=True)
         self.bar = RichProgress(
             TextColumn("step"),
@@ -94,6 +96,8 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+        if self.piped:  # two pipes lead to the terminal: let this one empty before results follow
+            time.sleep(PIPE_SECONDS)
 
     def step(self, samples: int) -> None:
         self.samples += samples
@@ -101,4 +105,4 @@ class _Bar:
         self.bar.update(self.task, advance=1, rate=rate)
 
     def epoch(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False)
+        self.bar.console.print(text, highlight=False, markup=False, emoji=False)

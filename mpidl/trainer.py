@@ -157,7 +157,7 @@ class Trainer:
             loss = self.loss(self.model(x), y)
             loss.backward()
             self.replica.step(weight=len(x))
-            total = total + loss.data * len(x)
+            total = total + loss.data.reshape(()) * len(x)
             shown.step(min(left, batches.batch_size))
             left -= batches.batch_size
         loss_sum = float(total)

@@ -30,18 +30,21 @@ class Result:
         return f"exit status {self.status}\n{self.output}\n{self.errors}"
 
 
-def environment(mpi: str, **extra: str) -> dict[str, str]:
-    """Return the environment in which mpi4py loads this MPI, and no launcher left a trace."""
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPIDL_TERMINAL"))
-    }
+def environment(mpi: str | None, **extra: str) -> dict[str, str]:
+    """Return the environment in which mpi4py loads this MPI, and no launcher left a trace.
+
+    Without an MPI mpi4py looks for one by itself.
+    """
+    traces = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPIDL_TERMINAL")
+    settings = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")  # `mpidl run` makes them
+    unwanted = (*traces, *settings, "MPI4PY_LIBMPI")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**clean, **root, "MPI4PY_LIBMPI": str(MPI_LIBRARIES[mpi]), **extra}
+    library = {} if mpi is None else {"MPI4PY_LIBMPI": str(MPI_LIBRARIES[mpi])}
+    return {**clean, **root, **library, **extra}
 
 
-def start(mpi: str, *command: str, cwd: Path = ROOT, **extra: str) -> subprocess.Popen[str]:
+def start(mpi: str | None, *command: str, cwd: Path = ROOT, **extra: str) -> subprocess.Popen[str]:
     """Start `command` in a process group of its own."""
     return subprocess.Popen(
         command,
@@ -71,7 +74,9 @@ def finish(process: subprocess.Popen[str], timeout: float) -> Result:
     return Result(process.returncode, output, errors, time.monotonic() - begin)
 
 
-def execute(mpi: str, *command: str, timeout: float = 60, cwd: Path = ROOT, **extra: str) -> Result:
+def execute(
+    mpi: str | None, *command: str, timeout: float = 60, cwd: Path = ROOT, **extra: str
+) -> Result:
     """Run `command` where mpi4py loads `mpi`."""
     return finish(start(mpi, *command, cwd=cwd, **extra), timeout)
 

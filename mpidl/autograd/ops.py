@@ -10,11 +10,12 @@ its bucket, or ignore `out` (None where nobody offers memory).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mpidl.array import namespace
+from mpidl.array import is_array, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +63,8 @@ def divide(x: Array, y: Array) -> Result:
 
 def power(x: Array, *, exponent: float) -> Result:
     """x to a fixed power."""
+    if exponent == 0:  # also at x = 0
+        return x**0, (lambda g, out: g * 0,)
     return x**exponent, (lambda g, out: g * (exponent * x ** (exponent - 1)),)
 
 
@@ -106,19 +109,23 @@ def matmul(x: Array, y: Array) -> Result:
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Result:
-    """x (n, k) @ weight (m, k).T + bias (m,) = (n, m): one layer, one product, added in place."""
+    """x (..., k) @ weight (m, k).T + bias (m,) = (..., m): one product, the bias added in place."""
     xp = namespace(weight)
+    inputs, outputs = weight.shape[1], weight.shape[0]
+    if x.ndim == 0 or x.shape[-1] != inputs:
+        raise ValueError(f"expected an input of shape (..., {inputs})")
     if x.dtype != weight.dtype:
         raise ValueError(f"input of dtype {x.dtype}, weights of {weight.dtype}: convert the input")
-    y = x @ weight.T
+    rows = x.reshape(math.prod(x.shape[:-1]), inputs)
+    y = rows @ weight.T
+    if bias is not None:
+        y += bias
     adjoints: tuple[Adjoint, ...] = (
         lambda g, out: xp.matmul(g, weight, out=out),
-        lambda g, out: xp.matmul(g.T, x, out=out),
+        lambda g, out: xp.matmul(g.reshape(len(rows), outputs).T, rows, out=out),
+        lambda g, out: xp.sum(g.reshape(len(rows), outputs), axis=0, out=out),
     )
-    if bias is None:
-        return y, adjoints
-    y += bias
-    return y, (*adjoints, lambda g, out: xp.sum(g, axis=0, out=out))
+    return y.reshape(*x.shape[:-1], outputs), adjoints[: 2 if bias is None else 3]
 
 
 def getitem(x: Array, *, key: Any) -> Result:
@@ -199,6 +206,8 @@ def l1(x: Array, *, target: Array) -> Result:
 
 def _like(x: Array, target: Array) -> Array:
     """Refuse to broadcast a loss: (n, 1) against (n,) would quietly compare all pairs."""
+    if not is_array(target):
+        raise ValueError(f"expected an array as target, got a {type(target).__name__}")
     if x.shape != target.shape:
         raise ValueError(f"expected a target of shape {x.shape}, got {target.shape}")
     return target.astype(x.dtype, copy=False)

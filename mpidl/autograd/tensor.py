@@ -153,7 +153,7 @@ class Tensor:
         """Return the only element as a Python number."""
         return self.data.item()
 
-    def __float__(self) -> float: return float(self.data)
+    def __float__(self) -> float: return float(self.data.item())
     def __len__(self) -> int: return len(self.data)
     def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
@@ -198,12 +198,14 @@ class Tensor:
 def tensor(data: Any, *, requires_grad: bool = False, dtype: Any = None) -> Tensor:
     """Make a tensor of its own memory from numbers, nested lists or an array.
 
-    Whole numbers that are to have a gradient, and Python floats, become float32.
+    Python floats become float32, as does what is to have a gradient and is of whole numbers.
     """
-    if not array.is_array(data):
-        data = np.asarray(data)
-        if dtype is None and (requires_grad or data.dtype == np.float64):
-            dtype = np.float32
+    given = array.is_array(data)
+    data = data if given else np.asarray(data)
+    if dtype is None and (
+        (requires_grad and data.dtype.kind != "f") or (not given and data.dtype == np.float64)
+    ):
+        dtype = np.float32
     return Tensor(data.astype(dtype or data.dtype), requires_grad=requires_grad)
 
 

@@ -58,7 +58,7 @@ def run(
     """
     library = _or_exit(launcher.find)
     environment = launcher.environment(library, ranks)
-    program = launcher.program(command, module=module)
+    program = _or_exit(partial(launcher.program, command, module=module))
     line = [*launcher.options(library, ranks), *shlex.split(launcher_args), *program]
     if dry_run:
         changes = [f"{name}={value}" for name, value in environment.items()]

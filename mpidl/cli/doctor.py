@@ -154,7 +154,7 @@ def show(report: Report, *, as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     table = Table(show_header=False, box=None)
     for key, label in LABELS.items():
         value = report.facts.get(key)

@@ -119,7 +119,7 @@ def program(command: list[str], *, module: bool) -> list[str]:
 def _launcher(vendor: str, path: str | None) -> str | None:
     """Look beside the library (PREFIX/lib/..., PREFIX/bin), then on PATH."""
     folders = [parent / "bin" for parent in Path(path).resolve().parents[1:5]] if path else []
-    for folder in [*map(str, folders), os.environ.get("PATH", "")]:
+    for folder in [*map(str, folders), *os.environ.get("PATH", "").split(os.pathsep)]:
         for name in NAMES[vendor]:
             found = shutil.which(name, path=folder)
             if found and SIGNS[vendor] in _version(found):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpidl.data.dataset import ArrayDataset
-from mpidl.errors import MpidlError
+from mpidl.errors import InvalidArgument, MpidlError
 
 
 def digits(test_share: float = 0.2, seed: int = 0) -> tuple[ArrayDataset, ArrayDataset]:
@@ -14,6 +14,8 @@ def digits(test_share: float = 0.2, seed: int = 0) -> tuple[ArrayDataset, ArrayD
     The 8x8 pictures are the test part of the UCI set of Alpaydin and Kaynak (1998), from
     scikit-learn. The same `seed` gives the same split on every rank and machine.
     """
+    if not 0 < test_share < 1:
+        raise InvalidArgument(f"digits: test_share={test_share}: expected more than 0, less than 1")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -60,8 +60,9 @@ class Sequential(Module):
         self.layers = layers
 
     def children(self) -> Any:
-        """Yield the layers by their number."""
-        return ((str(i), layer) for i, layer in enumerate(self.layers))
+        """Yield the layers by their number, then what a subclass holds besides."""
+        for name, child in super().children():
+            yield name.removeprefix("layers."), child
 
     def forward(self, x: Any) -> Any:
         """Return the last layer's output."""

@@ -27,11 +27,11 @@ class Parameter(Tensor):
 class Module:
     """A function with parameters. Subclasses write `forward`; attributes hold the rest.
 
-    Parameters and modules may stand in attributes directly, or in lists and tuples of them.
+    Parameters and modules may stand in attributes directly, or in lists, tuples and dicts.
     """
 
     training = True  # class attributes, so that a subclass needs no super().__init__()
-    _hooks: tuple[Callable[[Module, tuple[Any, ...]], None], ...] = ()
+    _hooks: tuple[list[Callable[[Module, tuple[Any, ...]], None]], ...] = ()
 
     def forward(self, *inputs: Any) -> Tensor:
         """Compute the output. Subclasses say with which shapes."""
@@ -39,33 +39,29 @@ class Module:
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Call the hooks, then `forward`."""
-        for hook in self._hooks:
+        for (hook,) in self._hooks:
             hook(self, inputs)
         return self.forward(*inputs)
 
     def on_forward(self, hook: Callable[[Module, tuple[Any, ...]], None]) -> Callable[[], None]:
         """Call `hook(module, inputs)` before each forward. Returns the function that ends this."""
-        self._hooks = (*self._hooks, hook)
+        entry = [hook]  # its identity tells it from the same hook added again
+        self._hooks = (*self._hooks, entry)
 
         def remove() -> None:
-            self._hooks = tuple(h for h in self._hooks if h is not hook)
+            self._hooks = tuple(e for e in self._hooks if e is not entry)
 
         return remove
 
     def children(self) -> Iterator[tuple[str, Module | Parameter]]:
         """Yield the modules and parameters held directly, by name, in the order they were set."""
         for name, value in vars(self).items():
-            if isinstance(value, (Module, Parameter)):
-                yield name, value
-            elif isinstance(value, (list, tuple)):
-                for i, item in enumerate(value):
-                    if isinstance(item, (Module, Parameter)):
-                        yield f"{name}.{i}", item
+            yield from _members(name, value)
 
     def named_parameters(self) -> dict[str, Parameter]:
         """Return all parameters by dotted name; one that is shared stands there once."""
         found: dict[str, Parameter] = {}
-        seen: set[int] = set()
+        seen: set[int] = {id(self)}
 
         def visit(module: Module, prefix: str) -> None:
             for name, child in module.children():
@@ -85,11 +81,15 @@ class Module:
         return list(self.named_parameters().values())
 
     def modules(self) -> Iterator[Module]:
-        """Yield this module and all below it."""
-        yield self
-        for _, child in self.children():
-            if isinstance(child, Module):
-                yield from child.modules()
+        """Yield this module and all below it, each once."""
+        seen: set[int] = set()
+        waiting: list[Module] = [self]
+        while waiting:
+            module = waiting.pop()
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield module
+                waiting += [c for _, c in module.children() if isinstance(c, Module)]
 
     def train(self: M, mode: bool = True) -> M:
         """Set training mode here and below, and return the module."""
@@ -109,3 +109,15 @@ class Module:
         for parameter in self.parameters():
             parameter.data = to_device(parameter.data, device)
         return self
+
+
+def _members(name: str, value: Any) -> Iterator[tuple[str, Module | Parameter]]:
+    """Yield the modules and parameters in `value`, however its lists and dicts are nested."""
+    if isinstance(value, (Module, Parameter)):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _members(f"{name}.{i}", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _members(f"{name}.{key}", item)

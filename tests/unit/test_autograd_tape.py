@@ -118,11 +118,17 @@ def test_gradients_add_up_over_two_backwards(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(x.grad, np.full(3, 4.0), rtol=1e-12)
 
 
-def test_no_grad_nested_and_after_an_exception() -> None:
+def test_no_grad_ends_with_an_exception() -> None:
+    with pytest.raises(RuntimeError, match="inside"), no_grad():
+        raise RuntimeError("inside")
+    assert recording()
+
+
+def test_no_grad_nested() -> None:
     x = tensor(1.0, requires_grad=True)
     with no_grad():
-        with pytest.raises(RuntimeError, match="inside"), no_grad():
-            raise RuntimeError("inside")
+        with no_grad():
+            assert not recording()
         assert not recording()
         assert not (x * 2).requires_grad
     assert recording()

@@ -135,15 +135,27 @@ def test_the_launcher_beside_the_library_is_taken(
     assert launcher._launcher("openmpi", None) == str(other)
 
 
+WRONG, RIGHT = "mpiexec (OpenRTE) 4.1 of Open MPI", "HYDRA build details:"
+
+
 def test_a_launcher_of_another_mpi_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = executable(tmp_path / "a/bin/mpiexec", "mpiexec (OpenRTE) 4.1 of Open MPI")
-    right = executable(tmp_path / "b/bin/mpiexec", "HYDRA build details:")
-    monkeypatch.setenv("PATH", f"{wrong.parent}:{right.parent}:/usr/bin:/bin")
+    executable(tmp_path / "mpiexec", WRONG)
+    right = executable(tmp_path / "mpiexec.hydra", RIGHT)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert launcher._launcher("mpich", None) == str(right)
     right.unlink()
     assert launcher._launcher("mpich", None) is None
+
+
+def test_a_launcher_is_found_behind_one_of_another_mpi_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = executable(tmp_path / "a/mpiexec", WRONG)
+    right = executable(tmp_path / "b/mpiexec", RIGHT)
+    monkeypatch.setenv("PATH", f"{wrong.parent}:{right.parent}:/usr/bin:/bin")
+    assert launcher._launcher("mpich", None) == str(right)
 
 
 def test_a_library_without_a_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,19 +31,20 @@ def install(comm: Any, host: str) -> None:
     global _guard
     if _guard is None:
         _guard = _Guard(comm, host)
-    _guard.active = True
+    _guard.wanted = True
 
 
 def uninstall() -> None:
     """Leave errors alone again."""
     if _guard is not None:
-        _guard.active = False
+        _guard.wanted = False
 
 
 class _Guard:
     def __init__(self, comm: Any, host: str) -> None:
         self.comm, self.host = comm, host
-        self.active = True
+        self.wanted = True
+        self.process = os.getpid()
         self.exit_code = 0
         self.previous_hook, sys.excepthook = sys.excepthook, self.on_error
         self.previous_thread_hook = threading.excepthook
@@ -52,6 +53,11 @@ class _Guard:
         self.previous_exit = sys.exit
         sys.exit = self.on_exit
         atexit.register(self.at_exit)  # runs before mpi4py calls MPI_Finalize
+
+    @property
+    def active(self) -> bool:
+        """Not in a forked child, a loader's worker, say: it is no rank."""
+        return self.wanted and os.getpid() == self.process
 
     def on_error(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None

@@ -44,7 +44,7 @@ def examine() -> Report:
     facts["python"] = f"{platform.python_version()} ({sys.executable})"
     facts["numpy"] = np.__version__
     facts["mpi4py"] = _version("mpi4py")
-    facts["cores"] = len(os.sched_getaffinity(0))
+    facts["cores"] = launcher.cores()
     facts["omp_num_threads"] = os.environ.get("OMP_NUM_THREADS")
     facts["inside"] = [name for name in LAUNCHERS if name in os.environ]
     _mpi(report)

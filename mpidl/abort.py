@@ -7,11 +7,13 @@ reaches after an exception or `sys.exit(1)`, is collective (MPI-4.1, section 11.
 from __future__ import annotations
 
 import atexit
+import builtins
 import os
 import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mpidl.errors import MpidlError
@@ -40,18 +42,43 @@ def uninstall() -> None:
         _guard.wanted = False
 
 
+class _Exit(SystemExit):
+    """What `sys.exit` raises; it may still be caught, and then nothing has ended.
+
+    Uncaught it passes no hook. But the interpreter then asks for its `code`, from outside any
+    Python frame, and so tells that this process ends, and how.
+    """
+
+    final: Any = None
+
+    def __init__(self, status: Any) -> None:
+        super().__init__(status)
+        self.status = status
+
+    @property
+    def code(self) -> Any:  # type: ignore[override]
+        """The status, as with any SystemExit."""
+        if sys._getframe().f_back is None:
+            _Exit.final = self.status
+        return self.status
+
+
+def _exit(status: Any = None) -> NoReturn:
+    main = threading.current_thread() is threading.main_thread()
+    raise _Exit(status) if main else SystemExit(status)
+
+
 class _Guard:
     def __init__(self, comm: Any, host: str) -> None:
         self.comm, self.host = comm, host
         self.wanted = True
         self.process = os.getpid()
-        self.exit_code = 0
         self.previous_hook, sys.excepthook = sys.excepthook, self.on_error
         self.previous_thread_hook = threading.excepthook
         threading.excepthook = self.on_thread_error
-        # SystemExit passes no hook. Library code (argparse, click) leaves through sys.exit.
-        self.previous_exit = sys.exit
-        sys.exit = self.on_exit
+        # Most code (argparse, click) leaves through sys.exit. For `raise SystemExit(1)`,
+        # `mpidl run` starts scripts through mpi4py, which sees it.
+        sys.exit = builtins.exit = builtins.quit = _exit  # type: ignore[assignment]
         atexit.register(self.at_exit)  # runs before mpi4py calls MPI_Finalize
 
     @property
@@ -70,8 +97,7 @@ class _Guard:
         if isinstance(error, MpidlError) and error.collective and self.comm.rank != 0:
             time.sleep(PRINT_SECONDS)  # we outlive this only if rank 0 caught it
         head = f"mpidl: rank {self.comm.rank} of {self.comm.size} on {self.host} failed\n"
-        text = head + "".join(traceback.format_exception(kind, error, trace))
-        sys.stderr.flush()
+        text = head + "".join(traceback.format_exception(kind, error, _of_script(trace)))
         os.write(2, text.encode(errors="replace"))  # in one piece, also beside other ranks
         self.abort(1)
 
@@ -81,16 +107,24 @@ class _Guard:
         elif not issubclass(args.exc_type, SystemExit):
             self.on_error(args.exc_type, args.exc_value, args.exc_traceback)
 
-    def on_exit(self, status: Any = None) -> NoReturn:
-        if threading.current_thread() is threading.main_thread():
-            self.exit_code = status if isinstance(status, int) else int(status is not None)
-        raise SystemExit(status)
-
     def at_exit(self) -> None:
-        if self.active and self.exit_code:
-            self.abort(self.exit_code)
+        status = _Exit.final
+        if self.active and status not in (None, 0):
+            self.abort(status if isinstance(status, int) else 1)
 
-    def abort(self, code: int) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.comm.Abort(code)
+    def abort(self, status: int) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # it may be closed, or anything that can be written to
+                stream.flush()
+        self.comm.Abort(status & 255 or 1)  # the system keeps 8 bits: 256 would be success
+
+
+def _of_script(trace: TracebackType | None) -> TracebackType | None:
+    """Leave out how the script was started (runpy, mpi4py): the last module `__main__` is it."""
+    start, frame = trace, trace
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if code.co_name == "<module>" and frame.tb_frame.f_globals.get("__name__") == "__main__":
+            start = frame
+        frame = frame.tb_next
+    return start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from typing import Any
 
@@ -22,19 +23,50 @@ HOW_TO_LAUNCH = (
 
 
 def load() -> Any:
-    """Return the module mpi4py.MPI. Its first import starts MPI.
+    """Return the module mpi4py.MPI. Loads the library, and does not start MPI.
 
     Raises MPINotFound where there is no MPI library.
     """
-    with warnings.catch_warnings():
-        # check_launcher finds the same from the facts, and says what to do
-        warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            reason = "; ".join(str(error).splitlines()[:2])
-            raise MPINotFound(f"no MPI library found ({reason}). {HOW_TO_GET_MPI}") from error
+    try:
+        import mpi4py
+
+        if "mpi4py.MPI" not in sys.modules:
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = "; ".join(str(error).splitlines()[:2])
+        raise MPINotFound(f"no MPI library found ({reason}). {HOW_TO_GET_MPI}") from error
     return MPI
+
+
+def start(MPI: Any) -> None:
+    """Start MPI with MPI_THREAD_MULTIPLE, if it is not running; mpi4py ends it at exit.
+
+    Raises LauncherMismatch where a launcher started several ranks, but not those of this MPI.
+    """
+    name, size = config.launched_size() or ("", 1)
+    if not MPI.Is_initialized():
+        other = vendor(MPI.Get_library_version()) not in ("openmpi", "unknown")
+        if size > 1 and name.startswith("OMPI_") and other:  # MPICH would end the process
+            raise _mismatch(MPI, name, size)
+        with warnings.catch_warnings():  # the check below says the same, and what to do
+            warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+            MPI.Init_thread()
+    if size > 1 and MPI.COMM_WORLD.size == 1:
+        raise _mismatch(MPI, name, size)
+
+
+def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
+    return LauncherMismatch(
+        f"a launcher started {size} ranks ({name}={size}), but each believes to be rank 0 of 1: "
+        "it is not the launcher of the MPI that is loaded "
+        f"({short_version(MPI.Get_library_version())}). " + HOW_TO_LAUNCH.format(size=size)
+    )
+
+
+def short_version(version: str) -> str:
+    """Return name and number from what MPI_Get_library_version says."""
+    return " ".join(version.split(",")[0].splitlines()[0].replace("\0", "").split())
 
 
 def vendor(version: str) -> str:
@@ -43,46 +75,17 @@ def vendor(version: str) -> str:
     return next((name for word, name in known.items() if word in version.lower()[:60]), "unknown")
 
 
-def check_launcher(MPI: Any) -> None:
-    """Raise LauncherMismatch where a launcher started several ranks, but MPI sees one."""
-    launched = config.launched_size()
-    if launched is None or launched[1] < 2 or MPI.COMM_WORLD.size > 1:
-        return
-    name, size = launched
-    library = MPI.Get_library_version().split(",")[0].splitlines()[0]
-    raise LauncherMismatch(
-        f"a launcher started {size} ranks ({name}={size}), but each believes to be rank 0 of 1: "
-        f"it is not the launcher of the MPI that is loaded ({' '.join(library.split())}). "
-        + HOW_TO_LAUNCH.format(size=size)
-    )
-
-
-def library_path() -> str | None:
-    """Return the file that the running process loaded MPI from; None where the system hides it."""
-    from pathlib import Path  # here, since it would double the import time of mpidl
-
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    for line in maps.splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(("libmpi.so", "libmpi_abi.so", "libmpi_cray", "libmpich")):
-            return path
-    return None
-
-
 def cuda_aware() -> str:
     """Return "yes", "no" or "unknown": whether MPI may be given a pointer to GPU memory.
 
     MPIDL_CUDA_AWARE decides if it is set. Otherwise the library's own answer, where it has
-    one (Open MPI and MPICH: MPIX_Query_cuda_support). Starts nothing; MPI must be loaded.
+    one (Open MPI and MPICH: MPIX_Query_cuda_support). Does not start MPI.
     """
     wanted = config.cuda_aware()
     if wanted != "auto":
         return wanted
-    path = library_path()
-    query = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None) if path else None
+    library = ctypes.CDLL(load().__file__)  # finds the functions of the MPI it is linked to
+    query = getattr(library, "MPIX_Query_cuda_support", None)
     if query is None:
         return "unknown"
     return "yes" if query() == 1 else "no"

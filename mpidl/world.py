@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -121,14 +123,18 @@ def init(*, abort_on_error: bool = True) -> World:
     """Start MPI, if it is not running, and return the world. Collective at the first call.
 
     Works without a launcher too: then the world has one rank. With `abort_on_error`, a rank
-    that ends by an exception or by `sys.exit(n)` with n != 0 ends the whole job.
+    that ends by an exception or by `sys.exit(n)` with n != 0 ends the whole job. (Where scripts
+    `raise SystemExit(n)` themselves, start them with `mpidl run` or `python -m mpi4py`.)
 
     Raises MPINotFound, and LauncherMismatch where ranks started by one MPI load another.
     """
     global _world
     if _world is None:
         MPI = mpi.load()
-        mpi.check_launcher(MPI)
+        mpi.start(MPI)
+        if MPI.COMM_WORLD.size > 1 and isinstance(sys.stdout, io.TextIOWrapper):
+            # Each rank's lines at once, but whole: unbuffered, those of several ranks get mixed.
+            sys.stdout.reconfigure(line_buffering=True, write_through=False)
         _world = World.of(MPI, MPI.COMM_WORLD)
     if abort_on_error:
         abort.install(_world.comm, _world.MPI.Get_processor_name())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -70,6 +71,8 @@ def finish(process: subprocess.Popen[str], timeout: float) -> Result:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, errors = process.communicate()
+        with contextlib.suppress(ProcessLookupError):  # a launcher that outlived its own parent
+            os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"no end after {timeout} s:\n{output}\n{errors}") from None
     return Result(process.returncode, output, errors, time.monotonic() - begin)
 

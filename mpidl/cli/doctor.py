@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -17,8 +19,10 @@ import mpidl
 from mpidl.cli import launcher
 from mpidl.errors import MpidlError
 
+PROBE = launcher.program(["mpidl.cli.probe"], module=True)
 PROBE_RANKS = 2
-PROBE_SECONDS = 60
+PROBE_SECONDS = 20
+EPILOGUE = re.compile(r"^(?:-{20}|Abort\()", re.MULTILINE)  # what a launcher says of a failed rank
 LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 
 
@@ -62,24 +66,25 @@ def _mpi(report: Report) -> None:
     except MpidlError as error:
         report.problems.append(str(error))
         return
-    line = [*launcher.options(library, PROBE_RANKS), sys.executable, "-m", "mpidl.cli.probe"]
+    line = [*launcher.options(library, PROBE_RANKS), *PROBE]
     environment = {**launcher.clean_environment(), **launcher.environment(library, PROBE_RANKS)}
+    probe = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     try:
-        result = subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=PROBE_SECONDS,
-            check=False,
-        )
+        output, errors = probe.communicate(timeout=PROBE_SECONDS)
+        end = f"two ranks failed (exit status {probe.returncode})"
     except subprocess.TimeoutExpired:
-        report.problems.append(f"two ranks did not end within {PROBE_SECONDS} s: {' '.join(line)}")
-        return
-    told = next((text for text in result.stdout.splitlines() if text.startswith("{")), None)
-    if result.returncode or told is None:
-        reason = "\n".join((result.stderr or result.stdout).strip().splitlines()[-8:])
-        report.problems.append(f"two ranks failed (exit status {result.returncode}):\n{reason}")
+        probe.kill()  # Open MPI's may hang after a failed MPI_Init, and heeds no SIGTERM then
+        output, errors = probe.communicate()
+        end = f"two ranks did not end within {PROBE_SECONDS} s"
+    told = next((text for text in output.splitlines() if text.startswith("{")), None)
+    if probe.returncode or told is None:
+        said = errors or output
+        own = EPILOGUE.split(said, maxsplit=1)[0].strip()
+        reason = "\n".join((own or said.strip()).splitlines()[-8:])
+        report.problems.append(f"{end}:\n{reason}")
+        report.advice.append(f"to see all of it: {shlex.join(line)}")
         return
     found = json.loads(told)
     facts["thread_level"] = found["thread_level"]

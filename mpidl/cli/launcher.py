@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,15 +11,6 @@ from pathlib import Path
 
 from mpidl import mpi
 from mpidl.errors import InvalidArgument, MPINotFound
-
-# Asked in a child process: loading an MPI library cannot be undone, and may crash.
-QUERY = """
-import json, mpi4py
-mpi4py.rc.initialize = False
-from mpidl import mpi
-MPI = mpi.load()
-print(json.dumps([MPI.Get_library_version(), mpi.library_path()]))
-"""
 
 NAMES = {  # by vendor; the first that exists and belongs to the vendor is taken
     "openmpi": ("mpirun", "mpirun.openmpi", "mpiexec"),
@@ -44,20 +34,24 @@ class Library:
 
 def query() -> Library:
     """Return the library that mpi4py loads in this environment. Raises MPINotFound."""
+    version, path = _ask("--mpi-lib-version"), _ask("--mpi-library").strip()
+    vendor = mpi.vendor(version)
+    return Library(vendor, mpi.short_version(version), path, _launcher(vendor, path))
+
+
+def _ask(question: str) -> str:
+    """Ask mpi4py in a child process: loading an MPI library cannot be undone, and may crash."""
     result = subprocess.run(
-        [sys.executable, "-c", QUERY],
+        [sys.executable, "-m", "mpi4py", question],
         capture_output=True,
         text=True,
         check=False,
         env=clean_environment(),
     )
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no output"]
-        raise MPINotFound(lines[-1].removeprefix("mpidl.errors.MPINotFound: "))
-    version, path = json.loads(result.stdout.splitlines()[-1])
-    vendor = mpi.vendor(version)
-    first = " ".join(version.split(",")[0].splitlines()[0].replace("\0", "").split())
-    return Library(vendor, first, path, _launcher(vendor, path))
+        reason = "; ".join(result.stderr.strip().splitlines()[-2:])
+        raise MPINotFound(f"no MPI library found ({reason}). {mpi.HOW_TO_GET_MPI}")
+    return result.stdout
 
 
 def find() -> Library:
@@ -113,14 +107,21 @@ def environment(library: Library, ranks: int) -> dict[str, str]:
 
 
 def program(command: list[str], *, module: bool) -> list[str]:
-    """Return the full command of one rank. Raises InvalidArgument for a file that is not there."""
+    """Return the full command of one rank.
+
+    Python runs through mpi4py, which ends all ranks when one leaves by `raise SystemExit(1)`.
+    Raises InvalidArgument for a file that is not there, and for what launchers cannot pass on.
+    """
+    if ":" in command:
+        raise InvalidArgument("a lone ':' cannot be passed on: launchers start a new command there")
+    python = [sys.executable, "-m", "mpi4py"]
     if module:
-        return [sys.executable, "-m", *command]
+        return [*python, "-m", *command]
     name, arguments = command[0], command[1:]
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise InvalidArgument(f"no such script: {name}")
-        return [sys.executable, name, *arguments]
+        return [*python, name, *arguments]
     path = shutil.which(name)
     if path is None:
         raise InvalidArgument(f"no such program: {name}")

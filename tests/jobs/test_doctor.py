@@ -32,7 +32,7 @@ def test_json(mpi: str) -> None:
     assert os.path.samefile(facts["launcher"], job.LAUNCHERS[mpi])  # noqa: PTH121
     assert facts["thread_level"] == "multiple", found
     assert facts["ranks_per_node"].startswith("2 of 2"), found
-    assert facts["cores"] == len(os.sched_getaffinity(0)), found
+    assert 1 <= facts["cores"] <= len(os.sched_getaffinity(0)), found
     assert facts["inside"] == [], found
     assert facts["omp_num_threads"] is None, found
     assert facts["numpy"] == importlib.metadata.version("numpy"), found
@@ -61,11 +61,12 @@ def test_it_fits_one_screen(mpi: str) -> None:
     assert found["thread level"] == "multiple", result
 
 
-def test_a_launcher_that_fails_is_a_problem_and_not_a_traceback() -> None:
-    broken = "/nonexistent/prte.conf"
-    result = job.execute("openmpi", *DOCTOR, "--json", OMPI_MCA_btl="nosuch", OMPI_MCA_pml=broken)
+def test_ranks_that_fail_are_a_problem_and_not_a_traceback(mpi: str) -> None:
+    result = job.execute(mpi, *DOCTOR, "--json", MPIDL_CUDA_AWARE="maybe")  # heeded by ranks only
     assert (result.status, result.errors) == (1, ""), result
     found = json.loads(result.output)
     assert found["healthy"] is False, result
-    assert "two ranks failed (exit status " in found["problems"][0], result
-    assert len(found["problems"][0].splitlines()) <= 9, result
+    (problem,) = found["problems"]
+    assert problem.startswith("two ranks failed (exit status 1):\n"), result
+    assert "InvalidArgument: MPIDL_CUDA_AWARE='maybe': expected one of auto, yes, no" in problem
+    assert len(problem.splitlines()) <= 9, result

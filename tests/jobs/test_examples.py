@@ -153,7 +153,7 @@ try:
 except mpidl.errors.InvalidArgument as error:
     sys.stdout.write(f"{{world.rank}} told\\n")
 """
-    result = job.run(mpi, 3, job.script(tmp_path, text))
+    result = job.run(mpi, 3, job.script(tmp_path, text), timeout=20)
     assert (result.status, sorted(result.output.splitlines())) == (
         0,
         ["0 told", "1 told", "2 told"],

@@ -91,7 +91,7 @@ def test_ranks_that_never_end(probe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
     probe("exec sleep 60")
     (problem,) = doctor.examine().problems
-    assert problem.startswith("two ranks did not end within 0.2 s: ")
+    assert problem.startswith("two ranks did not end within 0.2 s:\n")
 
 
 @pytest.fixture

@@ -82,9 +82,9 @@ def test_settings_of_the_user_are_left_alone(vendor: str, monkeypatch: pytest.Mo
 def test_a_program(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.touch()
-    python = [sys.executable, str(script), "--lr", "1"]
+    python = [sys.executable, "-m", "mpi4py", str(script), "--lr", "1"]
     assert launcher.program([str(script), "--lr", "1"], module=False) == python
-    module = [sys.executable, "-m", "train", "--lr", "1"]
+    module = [sys.executable, "-m", "mpi4py", "-m", "train", "--lr", "1"]
     assert launcher.program(["train", "--lr", "1"], module=True) == module
     (shell,) = launcher.program(["sh"], module=False)
     assert os.access(shell, os.X_OK)
@@ -114,7 +114,7 @@ def test_dry_run_shows_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0
     assert result.stdout == (
         "env OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 /opt/bin/mpiexec -n 2 --hosts 'x y' "
-        f"{sys.executable} '{script}' -n 5\n"
+        f"{sys.executable} -m mpi4py '{script}' -n 5\n"
     )
 
 

@@ -35,6 +35,13 @@ class MPI:
     def __init__(self, size: int, version: str = "Open MPI  v5.0.8, package: x") -> None:
         self.COMM_WORLD = SimpleNamespace(size=size)
         self.version = version
+        self.started = 0
+
+    def Is_initialized(self) -> bool:
+        return self.started > 0
+
+    def Init_thread(self) -> None:
+        self.started += 1
 
     def Get_library_version(self) -> str:
         return self.version
@@ -56,7 +63,10 @@ def test_ranks_that_see_each_other_pass(
 ) -> None:
     if launched:
         monkeypatch.setenv("PMI_SIZE", launched)
-    mpi.check_launcher(MPI(seen))
+    stand_in = MPI(seen)
+    mpi.start(stand_in)
+    mpi.start(stand_in)
+    assert stand_in.started == 1
 
 
 @pytest.mark.parametrize(
@@ -72,13 +82,22 @@ def test_ranks_that_each_believe_to_be_alone_are_told_why(
     monkeypatch.setenv("PMI_SIZE", "4")
     message = rf"started 4 ranks \(PMI_SIZE=4\), but each .* loaded \({name}\)\. .*run -n 4 SCRIPT"
     with pytest.raises(LauncherMismatch, match=message):
-        mpi.check_launcher(MPI(1, version))
+        mpi.start(MPI(1, version))
+
+
+def test_mpich_is_not_started_by_open_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the process, with a message that helps nobody."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    stand_in = MPI(4, "MPICH Version:      4.3.2")
+    with pytest.raises(LauncherMismatch, match=r"OMPI_COMM_WORLD_SIZE=4.*MPICH Version: 4\.3\.2"):
+        mpi.start(stand_in)
+    assert stand_in.started == 0
 
 
 @pytest.mark.parametrize("value", ["yes", "no"])
 def test_the_user_overrules_the_library(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPIDL_CUDA_AWARE", value)
-    monkeypatch.setattr(mpi, "library_path", lambda: pytest.fail("the library was asked"))
+    monkeypatch.setattr(mpi, "load", lambda: pytest.fail("the library was asked"))
     assert mpi.cuda_aware() == value
 
 
@@ -86,11 +105,6 @@ def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPIDL_CUDA_AWARE", "maybe")
     with pytest.raises(InvalidArgument, match="expected one of auto, yes, no"):
         mpi.cuda_aware()
-
-
-def test_nothing_is_known_of_a_library_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpi, "library_path", lambda: None)
-    assert mpi.cuda_aware() == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +117,6 @@ def test_nothing_is_known_of_a_library_that_is_not_found(monkeypatch: pytest.Mon
     ids=["yes", "no", "no such function"],
 )
 def test_the_library_is_asked(library, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpi, "library_path", lambda: "/opt/libmpi.so")
-    monkeypatch.setattr(mpi.ctypes, "CDLL", {"/opt/libmpi.so": library}.__getitem__)
+    monkeypatch.setattr(mpi, "load", lambda: SimpleNamespace(__file__="/opt/MPI.so"))
+    monkeypatch.setattr(mpi.ctypes, "CDLL", {"/opt/MPI.so": library}.__getitem__)
     assert mpi.cuda_aware() == expected

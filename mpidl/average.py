@@ -48,7 +48,7 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
     if s * s != world.size * q:
         world.same(layout, "arrays")
     if total == 0:
-        raise InvalidArgument("the weights of all ranks are 0: there is no mean")
+        world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
     strategy = AllReduce(world)
     for leaf in leaves.values():
         flat = leaf.reshape(-1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpidl.array import ALIGNMENT_BYTES, Array, namespace
+from mpidl.array import ALIGNMENT_BYTES, Array, is_device, namespace
 from mpidl.errors import UnsupportedDtype
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ def allocate(arrays: Mapping[str, Array], strategy: Strategy, bucket_bytes: int)
     The last array comes first: backward makes gradients in that order. Each array starts on a
     cache line. Nothing is copied into the buckets.
     """
-    groups: dict[str, list[str]] = {}  # dtype, then names
+    groups: dict[tuple[str, bool], list[str]] = {}  # by dtype and memory
     for name in reversed(list(arrays)):
-        groups.setdefault(arrays[name].dtype.str, []).append(name)
+        array = arrays[name]
+        groups.setdefault((array.dtype.str, is_device(array)), []).append(name)
     buckets = []
     for names in groups.values():
         places: dict[str, tuple[int, tuple[int, ...]]] = {}

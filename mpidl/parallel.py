@@ -76,7 +76,7 @@ class DataParallel:
         if problems:
             self.world.agree(problem)
         if total == 0:
-            raise MissingBackward(f"step {self.steps}: no rank has a sample")
+            self.world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         first = not self.states
         for i, flat in enumerate(self.buckets):
             owned = self.strategy.reduce(flat.grad, weight / total)

@@ -62,7 +62,7 @@ def _mpi(report: Report) -> None:
     try:
         library = launcher.query()
         facts.update(mpi=library.version, mpi_library=library.path, launcher=library.launcher)
-        library = launcher.find()
+        launcher.check(library)
     except MpidlError as error:
         report.problems.append(str(error))
         return

@@ -55,14 +55,19 @@ def _ask(question: str) -> str:
 
 
 def find() -> Library:
-    """Return the library, which has a launcher. Raises MPINotFound where one is missing."""
+    """Return the library, with its launcher. Raises MPINotFound where either is missing."""
     library = query()
+    check(library)
+    return library
+
+
+def check(library: Library) -> None:
+    """Raise MPINotFound where the library has no launcher."""
     if library.launcher is None:
         raise MPINotFound(
             f"found {library.version} in {library.path}, but none of its launchers "
             f"({', '.join(NAMES[library.vendor])}) beside it or on PATH. {mpi.HOW_TO_GET_MPI}"
         )
-    return library
 
 
 def cores() -> int:

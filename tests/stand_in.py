@@ -46,6 +46,8 @@ class ndarray:  # noqa: N801
         self.host[...] = host
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # no way out to the host: __dlpack__, __array_interface__
+            raise AttributeError(name)
         return wrap(getattr(self.host, name))
 
     def __getitem__(self, key: Any) -> Any:

@@ -1,8 +1,8 @@
 """A stand-in for CuPy, for machines without a GPU: its arrays lie in host memory.
 
 A mock, and no proof that anything runs on a GPU: docs/gpu.md says what has. It does catch what
-would fail there at once, since like CuPy's its arrays refuse to become NumPy arrays unasked:
-NumPy functions on a device path, MPI given an array it cannot read, copies forgotten.
+would fail there, since like CuPy's its arrays refuse to become NumPy arrays unasked: NumPy
+functions on a device path, copies forgotten, MPI given memory it cannot read, or should wait for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-synchronized = 0  # how often anyone waited for the stream
+pending = False  # whether the stream may hold work that nobody waited for
 
 
 class ndarray:  # noqa: N801
@@ -33,9 +33,11 @@ class ndarray:  # noqa: N801
         """Lets a CUDA-aware MPI read the memory; this one's pointer is the host's."""
         if os.environ.get("MPIDL_CUDA_AWARE") != "yes":
             raise AttributeError("MPI is not CUDA-aware")
+        assert not pending, "MPI was given memory on which a kernel may still be at work"
         return {**self.host.__array_interface__, "version": 3, "stream": None}
 
     def get(self, out: np.ndarray | None = None) -> np.ndarray:
+        synchronize()
         if out is None:
             return self.host.copy()
         out[...] = self.host
@@ -55,6 +57,7 @@ class ndarray:  # noqa: N801
 
     def __setitem__(self, key: Any, value: Any) -> None:
         assert not isinstance(value, np.ndarray) or value.ndim == 0, "NumPy array into the device"
+        submit()
         self.host[unwrap(key)] = unwrap(value)
 
     def __len__(self) -> int:
@@ -70,6 +73,7 @@ class ndarray:  # noqa: N801
 def operate(name: str) -> Any:
     def method(self: ndarray, other: Any = None) -> Any:
         assert not isinstance(other, np.ndarray), "a NumPy array met a device array"
+        submit()
         arguments = () if other is None else (unwrap(other),)
         result = getattr(self.host, name)(*arguments)
         return self if result is self.host else wrap(result)
@@ -98,6 +102,7 @@ def wrap(value: Any) -> Any:
     if callable(value) and not isinstance(value, type):
 
         def function(*args: Any, **kwargs: Any) -> Any:
+            submit()
             result = value(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
             out = kwargs.get("out")
             return out if out is not None else wrap(result)
@@ -115,9 +120,14 @@ class Namespace(types.ModuleType):
         return wrap(getattr(np, name))
 
 
+def submit() -> None:
+    global pending
+    pending = True
+
+
 def synchronize() -> None:
-    global synchronized
-    synchronized += 1
+    global pending
+    pending = False
 
 
 def install() -> None:

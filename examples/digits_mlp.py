@@ -26,7 +26,7 @@ def main() -> None:
         settings=vars(args),
     )
     history = trainer.fit(train, args.epochs, args.batch_size, evaluate=test, seed=args.seed)
-    if world.rank == 0:
+    if world.rank == 0 and history:
         last = history[-1]
         rates = sorted(epoch.samples_per_second for epoch in history)
         print(

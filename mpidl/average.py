@@ -5,11 +5,11 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from mpidl.array import is_array
+from mpidl.array import is_array, is_device, namespace
 from mpidl.bucket import check_dtype
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.strategies import AllReduce
-from mpidl.world import init
+from mpidl.world import current
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -29,7 +29,7 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
     is no array or read-only, or a negative weight; RankMismatch where names, shapes or dtypes
     differ between ranks.
     """
-    world = world or init()
+    world = world or current()
     leaves: dict[str, Array] = {}
     problem: MpidlError | None = None
     try:
@@ -38,11 +38,14 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
             raise InvalidArgument(f"weight={weight}: expected a finite number, 0 or more")
     except MpidlError as error:
         problem, weight = error, 0.0
-    layout = ", ".join(f"{k} {v.shape} {v.dtype}" for k, v in leaves.items())
+    layout = ", ".join(
+        f"{k} {v.shape} {v.dtype}{' on the GPU' * is_device(v)}" for k, v in leaves.items()
+    )
     # One short message settles it where all is well: of P numbers with the sum s and the sum of
     # squares q, s^2 = P q only if they are all equal (Cauchy and Schwarz). 20 bits: exact.
     code = zlib.crc32(layout.encode()) >> 12
-    total, problems, s, q = world.sum([weight, problem is not None, code, code * code])
+    sums = world.sum([weight, problem is not None, code, code * code])
+    total, problems, s, q = map(float, sums)
     if problems:
         world.agree(problem)
     if s * s != world.size * q:
@@ -51,7 +54,9 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
         world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
     strategy = AllReduce(world)
     for leaf in leaves.values():
-        flat = leaf.reshape(-1)
+        flat = namespace(leaf).ascontiguousarray(leaf).reshape(-1)
+        if weight == 0:
+            flat.fill(0)  # whatever it holds, 0 x NaN is not 0
         strategy.reduce(flat, weight / total)
         if not leaf.flags.c_contiguous:  # then `flat` is a copy
             leaf[...] = flat.reshape(leaf.shape)

@@ -1,4 +1,4 @@
-"""The one place where environment variables are read."""
+"""The one place where a rank reads environment variables; cli/launcher.py sets them."""
 
 from __future__ import annotations
 

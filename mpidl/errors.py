@@ -10,7 +10,7 @@ class MpidlError(Exception):
     collective = False
 
 
-class InvalidArgument(MpidlError):
+class InvalidArgument(MpidlError, ValueError):
     """A value that cannot be: a negative rate, a batch of 0, an unknown environment setting."""
 
 
@@ -50,8 +50,8 @@ class NonFiniteGradient(MpidlError):
     """A gradient holds NaN or infinity."""
 
 
-class ShapeError(MpidlError):
-    """An operation of the autograd engine got shapes or a gradient it cannot use."""
+class AutogradError(MpidlError):
+    """An operation got shapes, dtypes or labels it cannot use, or backward cannot run."""
 
 
 class GradientMismatch(MpidlError):

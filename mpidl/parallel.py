@@ -9,7 +9,7 @@ from mpidl.array import Array, is_device, namespace
 from mpidl.autograd import recording
 from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.staging import Staging
-from mpidl.world import World, init
+from mpidl.world import World, current
 
 if TYPE_CHECKING:
     from mpidl.nn import Module
@@ -48,15 +48,17 @@ class DataParallel:
         check_finite: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self.world = world or init()
+        self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
         self.parameters = model.named_parameters()
         self.steps = 0
         self._check_parameters()
+        self.world.same(f"bucket_bytes={bucket_bytes}", "DataParallel")
         self.strategy = strategies.make(strategy, self.world)
         arrays = {name: p.data for name, p in self.parameters.items()}
         self.buckets = bucket.allocate(arrays, self.strategy, bucket_bytes)
         self.states: list[dict[str, Array]] = []  # of the owned parts; known at the first step
+        self._places: dict[str, Array] = {}
         self._broadcast()
         self._samples: int | None = None  # None: the model was not called since the last step
         self._stop_counting = model.on_forward(self._count)
@@ -72,7 +74,7 @@ class DataParallel:
         and no gradient, NonFiniteGradient if asked to look.
         """
         weight, problem = self._weigh(weight)
-        total, problems = self.world.sum([weight, problem is not None])
+        total, problems = map(float, self.world.sum([weight, problem is not None]))
         if problems:
             self.world.agree(problem)
         if total == 0:
@@ -111,7 +113,13 @@ class DataParallel:
             return 0.0, missing
         if not 0 <= weight < float("inf"):
             return 0.0, InvalidArgument(f"step: weight={weight}: expected a finite number >= 0")
-        for parameter in self.parameters.values():
+        for name, parameter in self.parameters.items():
+            if parameter.data is not self._places[name]:
+                moved = InvalidArgument(
+                    f"step {self.steps}: parameter {name} has left its bucket: set values with "
+                    "p.data[...] = values, and give a model to one DataParallel only"
+                )
+                return 0.0, moved
             if not weight or parameter.grad is None:  # has no part in this step's loss
                 parameter.fill_grad()
         return weight, self._find_non_finite() if self.check_finite else None
@@ -147,6 +155,7 @@ class DataParallel:
         for flat in self.buckets:
             for name, param, grad in flat.views():
                 self.parameters[name].bind(param, grad)
+                self._places[name] = param
             root = self.world.rank == 0
             for chunk in staging.chunks(flat.param):
                 with staging.host(chunk, read=root, write=not root) as buffer:

@@ -7,18 +7,22 @@ import platform
 import sys
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from mpidl.world import World
 
 
 class RunFolder:
-    """`config.json`, and `metrics.jsonl` with one line per epoch. Made new; no line is ever lost.
+    """`config.json`, and `metrics.jsonl` with one line per epoch.
 
+    The files of an earlier run in the same folder are kept, as `config.json.1` and so on.
     Collective: each rank tells its host, and if rank 0 cannot write, every rank raises.
     """
 
@@ -33,12 +37,12 @@ class RunFolder:
     def _create(self, config: dict[str, Any]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "metrics.jsonl"):
+                _set_aside(self.path / name)
             text = json.dumps(config, indent=2, default=_plain)
             (self.path / "config.json").write_text(text + "\n")
             (self.path / "metrics.jsonl").write_text("")
         except OSError as error:
-            from mpidl.errors import InvalidArgument
-
             raise InvalidArgument(f"cannot write the run folder {self.path}: {error}") from error
 
     def write(self, record: dict[str, Any]) -> None:
@@ -46,6 +50,12 @@ class RunFolder:
         if self.writes:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record, default=_plain) + "\n")
+
+
+def _set_aside(file: Path) -> None:
+    if file.exists():
+        number = next(n for n in count(1) if not Path(f"{file}.{n}").exists())
+        file.rename(f"{file}.{number}")
 
 
 def _environment(world: World, hosts: list[str]) -> dict[str, Any]:

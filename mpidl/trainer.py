@@ -6,12 +6,14 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpidl import data, nn, progress
 from mpidl.array import is_device
 from mpidl.autograd import Tensor, no_grad
 from mpidl.errors import InvalidArgument
 from mpidl.parallel import DataParallel
-from mpidl.world import World, init
+from mpidl.world import World, current
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,8 +34,8 @@ class Epoch:
     """What one epoch came to; the same on every rank."""
 
     epoch: int  #: from 1
-    steps: int  #: since the start of the fit
-    loss: float  #: mean over the training samples, each taken before its own update
+    steps: int  #: since the trainer was made
+    loss: float  #: of training: mean over the samples, each taken before its own update
     metrics: dict[str, float]  #: of the samples given as `evaluate`; "loss" among them
     seconds: float  #: spent in training steps, on the slowest rank
     samples_per_second: float  #: of all ranks together
@@ -48,7 +50,7 @@ class Trainer:
         loss: function (output, target) -> mean over the samples, as a tensor of one element.
         metrics: name -> function (output, target) -> mean over the samples. By default accuracy
             where the loss is `nn.cross_entropy`, else none.
-        out: folder for `config.json` and `metrics.jsonl`, written by rank 0.
+        out: folder for `config.json` and `metrics.jsonl`, written by rank 0, whose word counts.
         settings: what else `config.json` is to hold.
         quiet: show no progress.
     """
@@ -67,7 +69,7 @@ class Trainer:
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.world = world or init()
+        self.world = world or current()
         self.model, self.loss = model, loss
         if metrics is None:
             metrics = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
@@ -77,6 +79,8 @@ class Trainer:
         )
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
+        self.epochs = 0  #: done so far, in all calls of `fit`
+        self._folder: RunFolder | None = None
 
     def fit(
         self,
@@ -90,11 +94,15 @@ class Trainer:
     ) -> list[Epoch]:
         """Train for `epochs` epochs with global batches of `batch_size` samples. Collective.
 
-        Returns one `Epoch` each. `evaluate` is measured after every epoch. Raises on every rank
-        what `data.batches` and `DataParallel.step` raise.
+        Returns one `Epoch` each. `evaluate` is measured after every epoch. A second call goes on
+        where the first ended. Raises on every rank InvalidArgument for epochs below 0,
+        RankMismatch where the ranks differ in what they pass, and what `data.batches` and
+        `DataParallel.step` raise.
         """
-        if epochs < 0:
-            raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
+        with self.world.together():
+            if epochs < 0:
+                raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
+        self.world.same(f"{epochs=}, evaluate={evaluate is not None}", "fit")
 
         def batches(epoch: int) -> data.Batches:
             return data.batches(
@@ -108,43 +116,55 @@ class Trainer:
             )
 
         steps = epochs * len(batches(0))
-        folder = self._folder(train, epochs=epochs, batch_size=batch_size, seed=seed)
+        folder = self._open_folder(train, epochs=epochs, batch_size=batch_size, seed=seed)
         history: list[Epoch] = []
         with progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown:
-            for number in range(epochs):
-                loss, seconds = self._train(batches(number), shown)
+            for _ in range(epochs):
+                loss, seconds = self._train(batches(self.epochs), shown)
                 metrics = {} if evaluate is None else self.evaluate(evaluate, batch_size)
+                self.epochs += 1
                 result = Epoch(
-                    epoch=number + 1,
-                    steps=(number + 1) * steps // epochs,
+                    epoch=self.epochs,
+                    steps=self.replica.steps,
                     loss=loss,
                     metrics=metrics,
                     seconds=seconds,
                     samples_per_second=len(train) / seconds,
                 )
                 history.append(result)
-                shown.epoch(_line(result, epochs))
+                shown.epoch(_line(result, self.epochs - len(history) + epochs))
                 if folder is not None:
                     folder.write(asdict(result))
         return history
 
     def evaluate(self, dataset: Dataset, batch_size: int = 1024) -> dict[str, float]:
-        """Return "loss" and the metrics, means over `dataset`, on every rank. Collective."""
+        """Return "loss" and the metrics, means over `dataset`, on every rank. Collective.
+
+        Raises InvalidArgument for an empty data set.
+        """
+        if len(dataset) == 0:
+            raise InvalidArgument("evaluate: the data set is empty")
         functions = {"loss": lambda *a: float(self.loss(*a)), **self.metrics}
         totals = [0.0] * len(functions)
+        batches = data.batches(
+            dataset,
+            min(batch_size, len(dataset)),
+            world=self.world,
+            shuffle=False,
+            device=self.device,
+        )
+        training = self.model.training
         self.model.eval()
-        with no_grad():
-            for x, y in data.batches(
-                dataset,
-                min(batch_size, len(dataset)),
-                world=self.world,
-                shuffle=False,
-                device=self.device,
-            ):
-                output = self.model(x)
-                for i, function in enumerate(functions.values()):
-                    totals[i] += function(output, y) * len(x)
-        self.model.train()
+        try:
+            with no_grad():
+                for x, y in batches:
+                    if len(x) == 0:  # other ranks have samples; a mean over none may be NaN
+                        continue
+                    output = self.model(x)
+                    for i, function in enumerate(functions.values()):
+                        totals[i] += function(output, y) * len(x)
+        finally:
+            self.model.train(training)
         means = self.world.sum(totals) / len(dataset)
         return dict(zip(functions, map(float, means), strict=True))
 
@@ -152,21 +172,29 @@ class Trainer:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
         total: Any = 0.0  # on a GPU it stays there: no step waits for it
         left = len(batches.dataset)
+        self.model.train()
         start = time.perf_counter()
         for x, y in batches:
-            loss = self.loss(self.model(x), y)
-            loss.backward()
+            if len(x):
+                loss = self.loss(self.model(x), y)
+                loss.backward()
+                total = total + loss.data.reshape(()).astype(np.float64) * len(x)
             self.replica.step(weight=len(x))
-            total = total + loss.data.reshape(()) * len(x)
             shown.step(min(left, batches.batch_size))
             left -= batches.batch_size
         loss_sum = float(total)
         seconds = max(self.world.gather(time.perf_counter() - start))
         return float(self.world.sum([loss_sum])[0]) / len(batches.dataset), seconds
 
-    def _folder(self, train: Dataset, **arguments: Any) -> RunFolder | None:
-        if self.out is None:
-            return None
+    def close(self) -> None:
+        """Give back what the strategy took. The model stays usable. Not collective."""
+        self.replica.close()
+
+    def _open_folder(self, train: Dataset, **arguments: Any) -> RunFolder | None:
+        """Return the run folder, made at the first call, if rank 0 wants one. Collective."""
+        out = self.world.broadcast(self.out)
+        if out is None or self._folder is not None:
+            return self._folder
         from mpidl.run_folder import RunFolder  # its imports are slow, and few runs need them
 
         asked = {
@@ -176,7 +204,8 @@ class Trainer:
             "samples": len(train),
             **arguments,
         }
-        return RunFolder(self.out, self.world, {**asked, **self.settings})
+        self._folder = RunFolder(out, self.world, {**asked, **self.settings})
+        return self._folder
 
 
 def _line(result: Epoch, epochs: int) -> str:

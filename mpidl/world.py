@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidl import abort, mpi
+from mpidl import abort, array, mpi
 from mpidl.errors import MpidlError, RankMismatch
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class World:
         The class is that of the lowest such rank; a text is a RankMismatch. The message names
         the ranks: "ranks 1, 3: ...", or "every rank: ..." where all say the same.
         """
-        told = None if problem is None else (type(problem), str(problem))
-        problems = self.gather(told)
+        kind = type(problem) if isinstance(problem, MpidlError) else RankMismatch
+        problems = self.gather(None if problem is None else (kind, str(problem)))
         ranks: dict[str, list[int]] = {}
         for rank, found in enumerate(problems):
             if found is not None:
@@ -75,8 +75,11 @@ class World:
         if not ranks:
             return
         kind = next(found[0] for found in problems if found is not None)
-        error = kind if issubclass(kind, MpidlError) else RankMismatch
-        failure = error("; ".join(f"{self._names(who)}: {text}" for text, who in ranks.items()))
+        message = "; ".join(f"{self._names(who)}: {text}" for text, who in ranks.items())
+        try:
+            failure: MpidlError = kind(message)
+        except TypeError:  # a user's class, which takes other arguments
+            failure = RankMismatch(message)
         failure.collective = True
         raise failure from (problem if isinstance(problem, MpidlError) else None)
 
@@ -119,6 +122,11 @@ class World:
         return total
 
 
+def current() -> World:
+    """Return the world; `init()` where there is none yet, with its collective first call."""
+    return _world or init()
+
+
 def init(*, abort_on_error: bool = True) -> World:
     """Start MPI, if it is not running, and return the world. Collective at the first call.
 
@@ -136,6 +144,7 @@ def init(*, abort_on_error: bool = True) -> World:
             # Each rank's lines at once, but whole: unbuffered, those of several ranks get mixed.
             sys.stdout.reconfigure(line_buffering=True, write_through=False)
         _world = World.of(MPI, MPI.COMM_WORLD)
+        array.bind_device(_world.local_rank)
     if abort_on_error:
         abort.install(_world.comm, _world.MPI.Get_processor_name())
     else:

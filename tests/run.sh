@@ -5,10 +5,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/make_venv.sh
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-.venv/bin/pip install -q -e ".[test]"
+.venv/bin/python -m pip install -q -e ".[test]"
 # A second MPI, beside the one in the environment itself: both bring a bin/mpiexec.
 [[ -e .venv/mpich/lib/libmpi.so.12 ]] ||
-    .venv/bin/pip install -q --ignore-installed --no-deps --prefix .venv/mpich mpich
+    .venv/bin/python -m pip install -q --ignore-installed --no-deps --prefix .venv/mpich mpich
 
 PATH=$PWD/.venv/bin:$PATH
 ruff check .

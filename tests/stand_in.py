@@ -140,6 +140,7 @@ def install() -> None:
         ndarray=ndarray,
         cuda=types.SimpleNamespace(
             get_current_stream=lambda: stream,
+            Device=lambda _: types.SimpleNamespace(use=lambda: None),
             runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
         ),
     )

@@ -134,10 +134,7 @@ def getitem(x: Array, *, key: Any) -> Result:
     def adjoint(g: Array, out: Array | None) -> Array:
         xp = namespace(x)
         back = xp.zeros_like(x)
-        if xp is np:
-            np.add.at(back, key, g)
-        else:
-            xp.add.at(back, key, g)
+        xp.add.at(back, key, g)
         return back
 
     return x[key], (adjoint,)
@@ -165,8 +162,14 @@ def total(x: Array, *, axis: int | tuple[int, ...] | None, keepdims: bool) -> Re
 
 
 def cross_entropy(logits: Array, *, labels: Array) -> Result:
-    """Mean over n samples of -log softmax(logits (n, classes))[label]; 0 for n = 0."""
+    """Mean over n samples of -log softmax(logits (n, classes))[label]; 0 for n = 0.
+
+    Labels are checked against the number of classes on the CPU only: a GPU would have to wait.
+    """
     xp = namespace(logits)
+    if not is_array(labels) or labels.dtype.kind not in "iu":
+        found = labels.dtype if is_array(labels) else type(labels).__name__
+        raise ValueError(f"expected labels as an array of integers, got {found}")
     n = len(logits)
     if logits.ndim != 2 or labels.shape != (n,):
         raise ValueError(f"expected logits (n, classes) and labels (n,), got labels {labels.shape}")

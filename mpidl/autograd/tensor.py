@@ -11,7 +11,7 @@ import numpy as np
 
 from mpidl import array
 from mpidl.autograd import ops
-from mpidl.errors import ShapeError
+from mpidl.errors import AutogradError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,27 +90,31 @@ class Tensor:
             grad[...] = self._grad
         self.data, self._grad = data, grad
 
-    def on_gradient(self, hook: Callable[[Tensor], None]) -> None:
-        """Call `hook(self)` in each backward, once, when the gradient of this leaf is complete."""
+    def on_gradient(self, hook: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Call `hook(self)` once in each backward, when the gradient of this leaf is complete.
+
+        Returns the function that ends this.
+        """
         self.hooks.append(hook)
+        return lambda: self.hooks.remove(hook)
 
     def backward(self, gradient: Array | None = None) -> None:
         """Add to the `grad` of every leaf the derivative of this tensor, and free the graph.
 
         `gradient` (of this tensor's shape) weights the elements; only a single element can do
-        without. Raises ShapeError for a wrong gradient and for a graph that is freed already.
+        without. Raises AutogradError for a wrong gradient and for a graph that is freed already.
         """
         if not self.requires_grad:
-            raise ShapeError("backward: this tensor depends on nothing that requires a gradient")
+            raise AutogradError("backward: this tensor depends on nothing that requires a gradient")
         if gradient is None:
             if self.data.size != 1:
-                raise ShapeError(
+                raise AutogradError(
                     f"backward of a tensor of shape {self.shape}: pass a gradient of that shape, "
                     "or sum to one number first"
                 )
             gradient = array.namespace(self.data).ones_like(self.data)
         elif gradient.shape != self.shape:
-            raise ShapeError(f"backward: gradient of shape {gradient.shape} for {self.shape}")
+            raise AutogradError(f"backward: gradient of shape {gradient.shape} for {self.shape}")
         _backward(self, gradient)
 
     def _add_gradient(self, adjoint: ops.Adjoint, gradient: Array) -> None:
@@ -155,6 +159,9 @@ class Tensor:
 
     def __float__(self) -> float: return float(self.data.item())
     def __len__(self) -> int: return len(self.data)
+    def __iter__(self) -> Iterator[Tensor]: return (self[i] for i in range(len(self)))
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        raise TypeError("a Tensor becomes a NumPy array only by tensor.numpy()")
     def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
 
@@ -212,14 +219,14 @@ def tensor(data: Any, *, requires_grad: bool = False, dtype: Any = None) -> Tens
 def apply(name: str, *inputs: Any, **options: Any) -> Tensor:
     """Run operation `name` of `ops.OPS` on tensors, arrays or numbers, and record it.
 
-    Raises ShapeError, with the operation and the shapes, where these do not fit.
+    Raises AutogradError, with the operation and the shapes, where these do not fit.
     """
     values = [x.data if isinstance(x, Tensor) else x for x in inputs]
     try:
         value, adjoints = ops.OPS[name](*values, **options)
     except (ValueError, IndexError) as error:
         shapes = ", ".join(str(getattr(v, "shape", v)) for v in values)
-        raise ShapeError(f"{name} of shapes {shapes}: {error}") from error
+        raise AutogradError(f"{name} of shapes {shapes}: {error}") from error
     result = Tensor(value if array.is_array(value) else np.asarray(value))
     if _recording.get():
         edges = [
@@ -275,7 +282,7 @@ def _edges(result: Tensor) -> list[tuple[Tensor, ops.Adjoint]]:
     if result.node is None:
         return []
     if result.node.edges is None:
-        raise ShapeError(
+        raise AutogradError(
             f"backward through {result.node.name}: an earlier backward freed this graph; "
             "run the forward pass again"
         )

@@ -42,12 +42,12 @@ def _main(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     command: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...")],
-    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Number of ranks.")] = 1,
+    ranks: Annotated[int, typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks.")] = 1,
     module: Annotated[
         bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
     ] = False,
     launcher_args: Annotated[
-        str, typer.Option(help="More options for mpirun, in one string: '--host a:2,b:2'.")
+        str, typer.Option(help="More options for mpirun, in one string: '--timeout 600'.")
     ] = "",
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:

@@ -123,6 +123,10 @@ def program(command: list[str], *, module: bool) -> list[str]:
     if module:
         return [*python, "-m", *command]
     name, arguments = command[0], command[1:]
+    if name.startswith("-"):
+        raise InvalidArgument(
+            f"{name} is no option of mpidl run; give the launcher's own as --launcher-args '{name}'"
+        )
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise InvalidArgument(f"no such script: {name}")

@@ -57,7 +57,7 @@ def batches(
     dataset: Dataset,
     batch_size: int,
     *,
-    world: World | None = None,
+    world: World | None,
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = True,
@@ -65,9 +65,9 @@ def batches(
 ) -> Batches:
     """Return this rank's shards of one epoch's global batches of `batch_size` samples.
 
-    Collective where there is a `world`. Raises on every rank: BatchTooLarge where the batch is
-    larger than the data set, InvalidArgument for a batch below 1 or a negative seed or epoch,
-    RankMismatch where the ranks differ in any of these.
+    Collective; without a `world` (None) it is not, and the shard is the whole batch. Raises on
+    every rank: BatchTooLarge where the batch is larger than the data set, InvalidArgument for a
+    batch below 1 or a negative seed or epoch, RankMismatch where the ranks differ in any of these.
     """
     made = Batches(
         dataset,

@@ -53,6 +53,10 @@ class Module:
 
         return remove
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the hooks: a copy, or what is loaded again, is in nobody's hands."""
+        return {name: value for name, value in vars(self).items() if name != "_hooks"}
+
     def children(self) -> Iterator[tuple[str, Module | Parameter]]:
         """Yield the modules and parameters held directly, by name, in the order they were set."""
         for name, value in vars(self).items():

@@ -58,17 +58,19 @@ class SGD:
     def update(self, param: Array, grad: Array, state: dict[str, Array]) -> None:
         """Make one step in place, block by block, so that each byte is touched while in cache."""
         velocity = state.get("velocity")
+        # a NumPy float64 would make float32 arrays compute in float64
+        lr, momentum, decay = float(self.lr), float(self.momentum), float(self.weight_decay)
         for part in blocks(param):
             p, g = param[part], grad[part]
-            if self.weight_decay:
-                g += self.weight_decay * p
+            if decay:
+                g += decay * p
             if velocity is not None:
                 v = velocity[part]
-                v *= self.momentum
+                v *= momentum
                 v += g
                 if self.nesterov:
-                    g += self.momentum * v
+                    g += momentum * v
                 else:
                     g[...] = v
-            g *= self.lr
+            g *= lr
             p -= g

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpidl.errors import UnknownStrategy
+from mpidl.errors import InvalidArgument, UnknownStrategy
 from mpidl.strategies.allreduce import AllReduce
 from mpidl.strategies.base import Strategy
 from mpidl.strategies.parameter_server import ParameterServer
@@ -30,13 +30,20 @@ __all__ = ["STRATEGIES", "AllReduce", "ParameterServer", "Ring", "Strategy", "ma
 def make(strategy: str | Strategy, world: World) -> Strategy:
     """Return the strategy of this name, made for `world`; an instance is returned as it is.
 
-    Collective. Raises UnknownStrategy on every rank for a name that any rank does not know, and
-    RankMismatch where the ranks name different ones.
+    Collective. Raises on every rank UnknownStrategy for a name that any rank does not know,
+    InvalidArgument for a class, and RankMismatch where names or options differ between ranks.
     """
-    name = strategy if isinstance(strategy, str) else None
     with world.together():
-        if name is not None and name not in STRATEGIES:
+        if isinstance(strategy, str) and strategy not in STRATEGIES:
             known = ", ".join(sorted(STRATEGIES))
-            raise UnknownStrategy(f"unknown strategy {name!r}; known are: {known}")
-    world.same(name or type(strategy).__name__, "strategy")
-    return STRATEGIES[name](world) if name is not None else strategy  # type: ignore[return-value]
+            raise UnknownStrategy(f"unknown strategy {strategy!r}; known are: {known}")
+        if isinstance(strategy, type):
+            raise InvalidArgument(f"strategy: expected a name or {strategy.__name__}(world, ...)")
+    world.same(strategy if isinstance(strategy, str) else _describe(strategy), "strategy")
+    return STRATEGIES[strategy](world) if isinstance(strategy, str) else strategy
+
+
+def _describe(strategy: Strategy) -> str:
+    options = getattr(strategy, "__dict__", {}).items()
+    told = [f"{name}={value}" for name, value in options if isinstance(value, (int, float, str))]
+    return f"{type(strategy).__name__}({', '.join(told)})"

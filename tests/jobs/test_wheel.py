@@ -100,8 +100,8 @@ def test_the_installed_example_learns(user: User) -> None:
 def test_the_quickstart_uses_what_is_installed(user: User, tmp_path: Path) -> None:
     copied = user.does("mpidl", "copy", "examples", "launch", cwd=tmp_path)
     assert copied.status == 0, copied
-    result = user.does("bash", "launch/quickstart.sh", "--epochs", "12", cwd=tmp_path)
-    assert accuracy(result) >= ACCURACY, result
+    result = user.does("bash", "launch/quickstart.sh", cwd=tmp_path)
+    assert accuracy(result) >= 0.97, result  # what README promises
     assert "on 2 ranks" in result.output, result
     assert sorted(p.name for p in tmp_path.iterdir()) == ["examples", "launch"]  # no new .venv
 

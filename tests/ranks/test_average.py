@@ -36,10 +36,16 @@ def test_weights(world: mpidl.World, own: np.random.Generator, xp: Any) -> None:
     np.testing.assert_allclose(to_numpy(array), expected, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("view", ["strided", "transposed", "empty"])
+@pytest.mark.parametrize("view", ["strided", "transposed", "empty", "column", "every other"])
 def test_views(view: str, world: mpidl.World, xp: Any) -> None:
     whole = xp.full((6, 4), world.rank, np.float64)
-    part = {"strided": whole[::2, 1:3], "transposed": whole.T, "empty": whole[:0]}[view]
+    part = {
+        "strided": whole[::2, 1:3],
+        "transposed": whole.T,
+        "empty": whole[:0],
+        "column": whole[:, 1],
+        "every other": whole.reshape(-1)[::-2],
+    }[view]
     mpidl.average(part)
     mean = (world.size - 1) / 2
     np.testing.assert_allclose(to_numpy(part), np.full(part.shape, mean), rtol=1e-12)
@@ -91,3 +97,10 @@ def test_arrays_that_differ(world: mpidl.World) -> None:
         mpidl.average(np.zeros(4 if last else 3))
     with pytest.raises(RankMismatch, match=r"\['b'\].* but rank 0 has .*\['a'\]"):
         mpidl.average({"b" if last else "a": np.zeros(3)})
+
+
+def test_nan_of_a_rank_without_weight_does_not_count(world: mpidl.World) -> None:
+    first = world.rank == 0 and world.size > 1
+    array = np.full(3, np.nan if first else 2.0)
+    mpidl.average(array, weight=0 if first else 1)
+    np.testing.assert_array_equal(array, 2)

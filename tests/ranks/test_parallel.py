@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
 import mpidl
-from mpidl import data, nn, optim
+from mpidl import abort, data, nn, optim
 from mpidl.array import to_numpy
 from mpidl.autograd import Tensor, no_grad
 from mpidl.errors import (
@@ -18,7 +20,7 @@ from mpidl.errors import (
     RankMismatch,
     UnsupportedDtype,
 )
-from mpidl.strategies import STRATEGIES
+from mpidl.strategies import STRATEGIES, AllReduce
 
 DEVICE_OF = {"numpy": "cpu", "cupy": "cuda"}
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
@@ -45,7 +47,7 @@ def train_alone(model: nn.Sequential, train: data.ArrayDataset, batch: int, step
     velocity = [np.zeros_like(p.data) for p in model.parameters()]
     done = epoch = 0
     while done < steps:
-        for x, y in data.batches(train, batch, seed=3, epoch=epoch):
+        for x, y in data.batches(train, batch, world=None, seed=3, epoch=epoch):
             nn.cross_entropy(model(x), y).backward()
             for p, v in zip(model.parameters(), velocity, strict=True):
                 v *= 0.9
@@ -300,3 +302,68 @@ def test_dtype_not_supported(dtype: Any, world: mpidl.World) -> None:
 def test_model_without_parameters(world: mpidl.World) -> None:
     with pytest.raises(InvalidArgument, match="Sequential has no parameters"):
         mpidl.DataParallel(nn.Sequential(nn.ReLU()), optim.SGD(lr=0.1))
+
+
+def test_weights_reach_the_strategy_as_python_floats(world: mpidl.World) -> None:
+    """A NumPy float64 would make float32 gradients be scaled in float64, at half the speed."""
+    seen = []
+
+    class Spy:
+        def __init__(self) -> None:
+            self.inner = AllReduce(world)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def reduce(self, grad: Any, weight: float) -> slice:
+            seen.append(type(weight))
+            return self.inner.reduce(grad, weight)
+
+    model = make_model("float32", 0)
+    replica = mpidl.DataParallel(model, optim.SGD(lr=0.1), Spy())
+    model(np.ones((2, 5), np.float32)).sum().backward()
+    replica.step()
+    assert set(seen) == {float}
+
+
+@pytest.mark.parametrize("how", ["replaced", "another DataParallel"])
+def test_a_parameter_that_left_its_bucket(how: str, world: mpidl.World) -> None:
+    """Training would go on in memory that the model no longer uses."""
+    model = make_model("float64", 0)
+    replica = mpidl.DataParallel(model, optim.SGD(lr=0.1))
+    if how == "replaced":
+        if world.rank == world.size - 1:
+            model.layers[2].bias.data = np.zeros(3)
+    else:
+        mpidl.DataParallel(model, optim.SGD(lr=0.1))
+    model(np.ones((2, 5))).sum().backward()
+    with pytest.raises(InvalidArgument, match=r"parameter \d\.\w+ has left its bucket"):
+        replica.step()
+
+
+def test_bucket_bytes_must_be_the_same(world: mpidl.World) -> None:
+    if world.size == 1:
+        pytest.skip("one rank always agrees with itself")
+    bucket_bytes = 1 if world.rank == 1 else 2
+    with pytest.raises(RankMismatch, match="bucket_bytes=1, but rank 0 has bucket_bytes=2"):
+        mpidl.DataParallel(make_model("float64", 0), optim.SGD(lr=0.1), bucket_bytes=bucket_bytes)
+
+
+def test_a_trained_model_can_be_copied(world: mpidl.World) -> None:
+    model = make_model("float64", 0)
+    mpidl.DataParallel(model, optim.SGD(lr=0.1))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        np.testing.assert_array_equal(weights_of(twin), weights_of(model))
+        twin.layers[0].weight.data[...] = 7
+        assert not (model.layers[0].weight.data == 7).any()
+
+
+def test_abort_on_error_stays_as_it_was_set(world: mpidl.World) -> None:
+    assert abort._guard is not None
+    mpidl.init(abort_on_error=False)
+    mpidl.DataParallel(make_model("float64", 0), optim.SGD(lr=0.1))
+    mpidl.average(np.zeros(1))
+    wanted = abort._guard.wanted
+    mpidl.init()
+    assert not wanted
+    assert abort._guard.wanted

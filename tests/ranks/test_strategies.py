@@ -160,3 +160,19 @@ def test_ranks_must_name_the_same(world: mpidl.World) -> None:
 def test_an_instance_is_taken_as_it_is(world: mpidl.World) -> None:
     ring = Ring(world)
     assert make(ring, world) is ring
+
+
+def test_options_must_be_the_same(world: mpidl.World) -> None:
+    if world.size == 1:
+        pytest.skip("one rank always agrees with itself")
+    with pytest.raises(
+        RankMismatch, match=r"rank 1: strategy: Ring\(chunk_bytes=128\), but rank 0"
+    ):
+        make(Ring(world, 128 if world.rank == 1 else 64), world)
+    with pytest.raises(RankMismatch, match=r"ParameterServer\(servers=2\)"):
+        make(ParameterServer(world, 2 if world.rank == 1 else 1), world)
+
+
+def test_a_class_is_no_strategy(world: mpidl.World) -> None:
+    with pytest.raises(InvalidArgument, match=r"expected a name or Ring\(world"):
+        make(Ring, world)  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def test_data_sets_that_differ(world: mpidl.World, rng: np.random.Generator) -> 
 def test_shards_make_up_the_global_batches(world: mpidl.World, rng: np.random.Generator) -> None:
     n, batch = int(rng.integers(5, 60)), 5
     train = data.ArrayDataset(np.arange(n), np.arange(n))
-    alone = [x for x, _ in data.batches(train, batch, seed=1, epoch=2)]
+    alone = [x for x, _ in data.batches(train, batch, world=None, seed=1, epoch=2)]
     mine = [x for x, _ in data.batches(train, batch, world=world, seed=1, epoch=2)]
     shards = world.gather(mine)
     assert {len(shard) for shard in shards} == {len(alone)}
@@ -123,3 +123,83 @@ def test_negative_epochs(world: mpidl.World, rng: np.random.Generator) -> None:
     with pytest.raises(InvalidArgument, match="epochs=-1"):
         trainer.fit(make_data(rng, 30, "float64"), epochs=-1, batch_size=10)
     assert trainer.fit(make_data(rng, 30, "float64"), epochs=0, batch_size=10) == []
+
+
+def test_means_are_right_where_ranks_are_without_a_sample(world: mpidl.World) -> None:
+    """Losses and metrics of one's own are never asked for a mean over nothing."""
+    train = data.ArrayDataset(np.ones((9, 2)), np.arange(9.0).reshape(9, 1))
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    model.layers[0].weight = nn.Parameter(np.ones((1, 2)))
+
+    def loss(output: mpidl.Tensor, target: np.ndarray) -> mpidl.Tensor:
+        return ((output - target) ** 2).sum() / len(target)
+
+    metrics = {"mean": lambda _, y: float(y.sum() / len(y))}
+    trainer = mpidl.Trainer(model, loss, optim.SGD(lr=0.0), metrics=metrics, quiet=True)
+    (epoch,) = trainer.fit(train, epochs=1, batch_size=4, evaluate=train)
+    expected = np.mean((2 - np.arange(9)) ** 2)
+    assert epoch.loss == pytest.approx(expected)
+    assert epoch.metrics == pytest.approx({"loss": expected, "mean": 4.0})
+    trainer.close()
+
+
+def test_a_second_fit_goes_on(world: mpidl.World, rng: np.random.Generator, tmp_path: Path) -> None:
+    train = make_data(rng, 30, "float64")
+    once, twice = (
+        mpidl.Trainer(model, nn.cross_entropy, optim.SGD(lr=0.2), quiet=True, out=folder)
+        for model, folder in (
+            (make_model("float64", 7), None),
+            (make_model("float64", 7), tmp_path),
+        )
+    )
+    whole = once.fit(train, epochs=3, batch_size=10)
+    parts = twice.fit(train, epochs=1, batch_size=10) + twice.fit(train, epochs=2, batch_size=10)
+    assert [(e.epoch, e.steps, e.loss) for e in parts] == [
+        (e.epoch, e.steps, e.loss) for e in whole
+    ]
+    if world.rank == 0:
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_second_run_keeps_the_first_ones_files(
+    world: mpidl.World, rng: np.random.Generator, tmp_path: Path, xp: Any
+) -> None:
+    train = make_data(rng, 30, "float64")
+    for note in ("first", "second", "third"):
+        fit(train, xp, out=tmp_path if world.rank == 0 else None, settings={"note": note})
+    if world.rank == 0:
+        names = ("config.json.1", "config.json.2", "config.json")
+        notes = [json.loads((tmp_path / name).read_text())["note"] for name in names]
+        assert notes == ["first", "second", "third"]
+        assert (tmp_path / "metrics.jsonl.2").exists()
+
+
+@pytest.mark.parametrize("what", ["epochs", "evaluate"])
+def test_fits_that_differ(what: str, world: mpidl.World, rng: np.random.Generator) -> None:
+    if world.size == 1:
+        pytest.skip("one rank always agrees with itself")
+    train, last = make_data(rng, 30, "float64"), world.rank == world.size - 1
+    trainer = mpidl.Trainer(make_model("float64", 7), nn.cross_entropy, optim.SGD(lr=0.1))
+    epochs = 2 if last and what == "epochs" else 1
+    evaluate = train if last and what == "evaluate" else None
+    with pytest.raises(RankMismatch, match=f"fit: .*{what}"):
+        trainer.fit(train, epochs=epochs, batch_size=10, evaluate=evaluate)
+    with pytest.raises(InvalidArgument, match="epochs=-1"):
+        trainer.fit(train, epochs=-1 if last else 1, batch_size=10)
+
+
+def test_evaluation_leaves_the_mode_as_it_was(world: mpidl.World, rng: np.random.Generator) -> None:
+    train = make_data(rng, 30, "float64")
+
+    def broken(*_: Any) -> float:
+        raise ZeroDivisionError
+
+    model = make_model("float64", 7)
+    trainer = mpidl.Trainer(model, nn.cross_entropy, optim.SGD(lr=0.1), metrics={"bad": broken})
+    for mode in (True, False):
+        model.train(mode)
+        with pytest.raises(ZeroDivisionError):
+            trainer.evaluate(train)
+        assert model.training is mode
+    with pytest.raises(InvalidArgument, match="the data set is empty"):
+        trainer.evaluate(make_data(rng, 0, "float64"))

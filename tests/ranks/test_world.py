@@ -81,3 +81,13 @@ def test_same_names_the_one_that_differs(world: mpidl.World) -> None:
         return
     with pytest.raises(RankMismatch, match="rank 1: letter: b, but rank 0 has a"):
         world.same("b" if world.rank == 1 else "a", "letter")
+
+
+def test_an_error_that_takes_other_arguments(world: mpidl.World) -> None:
+    with pytest.raises(RankMismatch, match=r"(every rank|rank 0): 7 of 3"):
+        world.agree(Odd(7, 3))
+
+
+class Odd(mpidl.MpidlError):
+    def __init__(self, found: int, expected: int) -> None:
+        super().__init__(f"{found} of {expected}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ class Runtime:
             raise self.outcome
         return self.outcome
 
+    def Device(self, number: int) -> Runtime:
+        self.chosen = number
+        return self
+
+    def use(self) -> None:
+        self.used = self.chosen
+
 
 @pytest.mark.parametrize(
     ("outcome", "message"),
@@ -95,9 +103,18 @@ def test_cupy_without_a_gpu(outcome, message: str, monkeypatch: pytest.MonkeyPat
         array.device_namespace("cuda")
 
 
+@pytest.fixture
+def _first_rank() -> Iterator[None]:
+    yield
+    array.bind_device(0)
+
+
+@pytest.mark.usefixtures("_first_rank")
 def test_cupy_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = Runtime(1)
+    cupy = Runtime(3)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    array.bind_device(5)  # on a node with 5 ranks before this one
     assert array.device_namespace("cuda") is cupy
+    assert cupy.used == 5 % 3
     assert array.is_device(cupy.ndarray())
     assert array.namespace(cupy.ndarray()) is cupy

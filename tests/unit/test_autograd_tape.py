@@ -156,3 +156,26 @@ def test_detach_cuts_the_graph_and_shares_memory() -> None:
 def test_a_model_in_no_grad_records_nothing() -> None:
     with no_grad():
         assert nn.Linear(2, 3)(np.ones((1, 2), np.float32)).node is None
+
+
+def test_a_tensor_can_be_iterated_and_unpacked() -> None:
+    leaf = Tensor(np.arange(6.0).reshape(3, 2), requires_grad=True)
+    first, _, third = leaf
+    (first * 2 + third).sum().backward()
+    np.testing.assert_array_equal(leaf.grad, [[2, 2], [0, 0], [1, 1]])
+    assert [row.shape for row in leaf] == [(2,)] * 3
+
+
+def test_a_tensor_becomes_numpy_only_when_asked() -> None:
+    with pytest.raises(TypeError, match=r"tensor\.numpy\(\)"):
+        np.asarray(Tensor(np.zeros(2)))
+
+
+def test_a_gradient_hook_can_be_removed() -> None:
+    calls: list[int] = []
+    leaf = Tensor(np.ones(2), requires_grad=True)
+    remove = leaf.on_gradient(lambda _: calls.append(1))
+    leaf.sum().backward()
+    remove()
+    leaf.sum().backward()
+    assert calls == [1]

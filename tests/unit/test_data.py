@@ -80,7 +80,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_iterating_again_gives_the_same() -> None:
-    made = batches(numbers(20), 6)
+    made = batches(numbers(20), 6, world=None)
     np.testing.assert_array_equal(
         np.concatenate([y for _, y in made]), np.concatenate([y for _, y in made])
     )
@@ -98,7 +98,7 @@ def test_more_ranks_than_samples_leaves_some_without(rng: np.random.Generator) -
 
 
 def test_without_a_world_there_is_one_rank() -> None:
-    made = batches(numbers(10), 4, seed=3, epoch=1)
+    made = batches(numbers(10), 4, world=None, seed=3, epoch=1)
     assert (made.rank, made.size, len(made)) == (0, 1, 3)
     assert [len(x) for x, _ in made] == [4, 4, 2]
     assert sorted(-y for _, ys in made for y in ys) == list(range(10))
@@ -106,7 +106,7 @@ def test_without_a_world_there_is_one_rank() -> None:
 
 def test_samples_are_copies() -> None:
     data = numbers(4)
-    x, _ = next(iter(batches(data, 4, shuffle=False)))
+    x, _ = next(iter(batches(data, 4, world=None, shuffle=False)))
     x += 1
     np.testing.assert_array_equal(data.x[:, 0], [0, 1, 2, 3])
 
@@ -124,13 +124,13 @@ def test_samples_are_copies() -> None:
 )
 def test_values_that_cannot_be(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        batches(**{"dataset": numbers(10), "batch_size": 5, **options})
+        batches(**{"dataset": numbers(10), "batch_size": 5, "world": None, **options})
 
 
 def test_batches_for_a_gpu_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(DeviceNotFound, match="needs CuPy"):
-        batches(numbers(10), 5, device="cuda")
+        batches(numbers(10), 5, world=None, device="cuda")
 
 
 def test_inputs_and_targets_must_be_equally_many() -> None:

@@ -185,3 +185,14 @@ def test_cores_are_those_of_the_affinity_and_the_container(
     monkeypatch.setattr(launcher, "CPU_QUOTA", file)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert launcher.cores() == expected
+
+
+def test_an_option_of_the_launcher_is_told_apart() -> None:
+    with pytest.raises(InvalidArgument, match="--launcher-args '--oversubscribe'"):
+        launcher.program(["--oversubscribe", "x.py"], module=False)
+
+
+def test_np_is_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "find", lambda: library("mpich"))
+    result = CliRunner().invoke(app, ["run", "-np", "3", "--dry-run", "sh"])
+    assert "-n 3 " in result.stdout

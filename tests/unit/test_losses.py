@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpidl import Tensor, nn
+from mpidl.errors import AutogradError
 
 
 def test_cross_entropy_is_minus_the_log_of_the_softmax(rng: np.random.Generator) -> None:
@@ -69,3 +70,11 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     logits = Tensor(np.array([[1.0, 2, 0], [5, 4, 3], [0, 0, 1], [9, 0, 0]]))
     assert nn.accuracy(logits, np.array([1, 0, 0, 0])) == 0.75
     assert nn.accuracy(Tensor(np.zeros((0, 3))), np.zeros(0, int)) == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"), [([0, 1], "list"), (np.zeros(2), "float64"), (np.zeros(2, bool), "bool")]
+)
+def test_labels_are_whole_numbers(labels: object, found: str) -> None:
+    with pytest.raises(AutogradError, match=f"labels as an array of integers, got {found}"):
+        nn.cross_entropy(Tensor(np.zeros((2, 3))), labels)  # type: ignore[arg-type]

@@ -142,8 +142,9 @@ class Trainer:
 
         Raises InvalidArgument for an empty data set.
         """
-        if len(dataset) == 0:
-            raise InvalidArgument("evaluate: the data set is empty")
+        with self.world.together():
+            if len(dataset) == 0:
+                raise InvalidArgument("evaluate: the data set is empty")
         functions = {"loss": lambda *a: float(self.loss(*a)), **self.metrics}
         totals = [0.0] * len(functions)
         batches = data.batches(

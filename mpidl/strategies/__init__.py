@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from mpidl.errors import InvalidArgument, UnknownStrategy
@@ -44,6 +45,10 @@ def make(strategy: str | Strategy, world: World) -> Strategy:
 
 
 def _describe(strategy: Strategy) -> str:
-    options = getattr(strategy, "__dict__", {}).items()
-    told = [f"{name}={value}" for name, value in options if isinstance(value, (int, float, str))]
-    return f"{type(strategy).__name__}({', '.join(told)})"
+    """Name the class and the options it was made with; not its own state, such as a rank."""
+    kept = getattr(strategy, "__dict__", {})
+    options = [name for name in inspect.signature(type(strategy)).parameters if name in kept]
+    plain = [
+        f"{name}={kept[name]}" for name in options if isinstance(kept[name], (int, float, str))
+    ]
+    return f"{type(strategy).__name__}({', '.join(plain)})"

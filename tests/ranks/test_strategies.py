@@ -176,3 +176,19 @@ def test_options_must_be_the_same(world: mpidl.World) -> None:
 def test_a_class_is_no_strategy(world: mpidl.World) -> None:
     with pytest.raises(InvalidArgument, match=r"expected a name or Ring\(world"):
         make(Ring, world)  # type: ignore[arg-type]
+
+
+def test_a_strategy_may_know_its_rank(world: mpidl.World) -> None:
+    """What it keeps besides its options may differ between ranks."""
+
+    class Mine:
+        def __init__(self, world: mpidl.World, option: int) -> None:
+            self.option, self.rank = option, world.rank
+
+    strategy = Mine(world, 1)
+    assert make(strategy, world) is strategy  # type: ignore[arg-type,comparison-overlap]
+    if world.size > 1:
+        with pytest.raises(
+            RankMismatch, match=r"Mine\(option=1\), but rank 0 has Mine\(option=0\)"
+        ):
+            make(Mine(world, int(world.rank > 0)), world)  # type: ignore[arg-type]

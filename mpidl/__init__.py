@@ -3,12 +3,14 @@
 `import mpidl` starts nothing; `mpidl.init()` starts MPI.
 """
 
-from mpidl import autograd, data, errors, nn, optim, strategies
+from mpidl import autograd, data, errors, functional, nn, optim, strategies
 from mpidl.autograd import Tensor, no_grad, tensor
 from mpidl.average import average
 from mpidl.errors import MpidlError
+from mpidl.onnx import export_onnx
 from mpidl.parallel import DataParallel
 from mpidl.trainer import Epoch, Trainer
+from mpidl.weights import load, save
 from mpidl.world import World, init
 
 __version__ = "0.1.0"
@@ -24,10 +26,14 @@ __all__ = [
     "average",
     "data",
     "errors",
+    "export_onnx",
+    "functional",
     "init",
+    "load",
     "nn",
     "no_grad",
     "optim",
+    "save",
     "strategies",
     "tensor",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,22 @@ class Bucket:
     param: Array
     grad: Array
     places: dict[str, tuple[int, tuple[int, ...]]]  #: name -> (start, shape)
+    group: int = 0  #: of all these arrays, as given to `allocate`
 
     def views(self) -> Iterator[tuple[str, Array, Array]]:
         """Yield name, parameter and gradient, the latter two as views in their own shape."""
         for name, (start, shape) in self.places.items():
             part = slice(start, start + int(np.prod(shape)))
             yield name, self.param[part].reshape(shape), self.grad[part].reshape(shape)
+
+    def parts(self, owned: slice) -> list[slice]:
+        """Return where each array lies in `param[owned]`; an empty slice where it does not."""
+        first, last, _ = owned.indices(self.param.size)
+        found = []
+        for start, shape in self.places.values():
+            low, high = max(start, first), min(start + math.prod(shape), last)
+            found.append(slice(low - first, high - first) if low < high else slice(0, 0))
+        return found
 
 
 def check_dtype(array: Array, name: str) -> None:
@@ -40,18 +51,25 @@ def check_dtype(array: Array, name: str) -> None:
         raise UnsupportedDtype(f"{name} has dtype {array.dtype}; supported are {known}")
 
 
-def allocate(arrays: Mapping[str, Array], strategy: Strategy, bucket_bytes: int) -> list[Bucket]:
-    """Lay out `arrays` in buckets of about `bucket_bytes`, one dtype each. Collective.
+def allocate(
+    arrays: Mapping[str, Array],
+    strategy: Strategy,
+    bucket_bytes: int,
+    group_of: Mapping[str, int] | None = None,
+) -> list[Bucket]:
+    """Lay out `arrays` in buckets of about `bucket_bytes`, one dtype and group each. Collective.
 
-    The last array comes first: backward makes gradients in that order. Each array starts on a
-    cache line. Nothing is copied into the buckets.
+    `group_of` tells which arrays may share a bucket; by default all. The last array comes first:
+    backward makes gradients in that order. Each array starts on a cache line. Nothing is copied
+    into the buckets.
     """
-    groups: dict[tuple[str, bool], list[str]] = {}  # by dtype and memory
+    groups: dict[tuple[str, bool, int], list[str]] = {}
     for name in reversed(list(arrays)):
         array = arrays[name]
-        groups.setdefault((array.dtype.str, is_device(array)), []).append(name)
+        group = group_of[name] if group_of else 0
+        groups.setdefault((array.dtype.str, is_device(array), group), []).append(name)
     buckets = []
-    for names in groups.values():
+    for (_, _, group), names in groups.items():
         places: dict[str, tuple[int, tuple[int, ...]]] = {}
         end = 0
         for i, name in enumerate(names):
@@ -61,6 +79,6 @@ def allocate(arrays: Mapping[str, Array], strategy: Strategy, bucket_bytes: int)
             end = -(-(end + array.size) // line) * line
             if end * array.itemsize >= bucket_bytes or i == len(names) - 1:
                 param, grad = strategy.allocate(end, array.dtype, namespace(array))
-                buckets.append(Bucket(param, grad, places))
+                buckets.append(Bucket(param, grad, places, group))
                 places, end = {}, 0
     return buckets

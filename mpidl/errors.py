@@ -56,3 +56,11 @@ class AutogradError(MpidlError):
 
 class GradientMismatch(MpidlError):
     """A gradient differs from the numeric one."""
+
+
+class WorkerFailed(MpidlError):
+    """A worker of a loader raised an error, or was killed."""
+
+
+class DataError(MpidlError):
+    """A data file that is missing, cut short, or not what its name says."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpidl import bucket, strategies
-from mpidl.array import Array, is_device, namespace
+from mpidl.accumulation import Accumulation
+from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.autograd import recording
 from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFiniteGradient
+from mpidl.optim.clip import Clip
+from mpidl.optim.groups import assign
 from mpidl.staging import Staging
+from mpidl.update import Update
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
     from mpidl.nn import Module
-    from mpidl.optim import Optimizer
+    from mpidl.optim.groups import Groups
     from mpidl.strategies import Strategy
 
 BUCKET_BYTES = 32 << 20
@@ -22,46 +29,73 @@ BUCKET_BYTES = 32 << 20
 class DataParallel:
     """Keeps `model` the same on all ranks: `step` averages the gradients and updates. Collective.
 
-    All ranks start from rank 0's weights. Parameters and gradients move into buckets that the
-    strategy allocates, and every parameter becomes a view into one.
+    All ranks start from rank 0's weights and buffers. Parameters and gradients move into buckets
+    that the strategy allocates, and every parameter becomes a view into one.
 
     Raises on every rank: UnknownStrategy; UnsupportedDtype; RankMismatch where the parameters
-    differ between ranks in name, shape or dtype; InvalidArgument for a model without parameters.
+    differ between ranks in name, shape or dtype, or the arguments do; InvalidArgument for a model
+    without parameters, and for values that cannot be.
 
     Args:
         model: any `nn.Module`, already on the device it is to train on.
-        optimizer: told of flat slices only; see `optim.Optimizer`.
+        optimizer: told of flat slices only; see `optim.Optimizer`. Or name pattern -> optimizer,
+            `{"*.bias": SGD(0.1), "*": AdamW()}`: the first pattern (of `fnmatch`) that matches a
+            parameter's dotted name counts, and each must get one.
         strategy: a name in `strategies.STRATEGIES`, or a strategy.
         world: by default `mpidl.init()`.
         check_finite: look at every gradient before it is averaged, and raise NonFiniteGradient
             instead of spoiling the model. Costs one pass over the gradients.
+        clip_value: bring every element of the averaged gradient into [-clip_value, clip_value].
+        clip_norm: then shorten it to this Euclidean norm, over all parameters, if it is longer.
+            No bucket is updated before all are averaged. See `step`.
+        accumulate: this many calls of `step` make one update. See `step` and `flush`.
         bucket_bytes: about how large a bucket is.
     """
 
     def __init__(
         self,
         model: Module,
-        optimizer: Optimizer,
+        optimizer: Groups,
         strategy: str | Strategy = "allreduce",
         *,
         world: World | None = None,
         check_finite: bool = False,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        accumulate: int = 1,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
         self.parameters = model.named_parameters()
-        self.steps = 0
+        self.accumulate = accumulate
+        self.steps = 0  #: updates made
         self._check_parameters()
-        self.world.same(f"bucket_bytes={bucket_bytes}", "DataParallel")
+        with self.world.together():
+            clip = Clip(clip_value, clip_norm)
+            if accumulate != int(accumulate) or accumulate < 1:
+                raise InvalidArgument(f"accumulate={accumulate}: expected a whole number from 1 on")
+            optimizers, group_of = assign(optimizer, self.parameters)
+        for option in (
+            f"bucket_bytes={bucket_bytes}",
+            f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",
+            f"optimizer={_describe(optimizer)}",
+        ):
+            self.world.same(option, "DataParallel")
         self.strategy = strategies.make(strategy, self.world)
         arrays = {name: p.data for name, p in self.parameters.items()}
-        self.buckets = bucket.allocate(arrays, self.strategy, bucket_bytes)
-        self.states: list[dict[str, Array]] = []  # of the owned parts; known at the first step
+        self.buckets = bucket.allocate(arrays, self.strategy, bucket_bytes, group_of)
+        self._update = Update(self.world, self.strategy, self.buckets, optimizers, clip)
+        self._accumulation = Accumulation(self.buckets) if accumulate > 1 else None
         self._places: dict[str, Array] = {}
         self._broadcast()
         self._samples: int | None = None  # None: the model was not called since the last step
         self._stop_counting = model.on_forward(self._count)
+
+    @property
+    def states(self) -> list[dict[str, Array]]:
+        """The optimizer's state of each bucket's owned part; empty before the first update."""
+        return self._update.states
 
     def step(self, weight: float | None = None) -> None:
         """Average the gradients over ranks, update, and forget the gradients. Collective.
@@ -70,31 +104,68 @@ class DataParallel:
         a rank had none. By default the rows of the inputs with which the model was called, in
         training mode, since the last step.
 
+        With `accumulate` = k only every k-th call communicates and updates, with the exact mean
+        over the samples of all k calls and all ranks. `flush` ends a shorter group.
+
         Raises on every rank, before anything is updated: MissingBackward where a rank has samples
-        and no gradient, NonFiniteGradient if asked to look.
+        and no gradient, NonFiniteGradient if asked to look, or if `clip_norm` finds a norm that is
+        not finite. With `accumulate` this is at the k-th call, whose group is then forgotten.
         """
         problem: MpidlError | None = None
         try:
             weight = self._weigh(weight)
         except MpidlError as error:
             problem, weight = error, 0.0
+        if self._accumulation is None:
+            self._apply(weight, problem)
+            return
+        self._accumulation.add(weight, problem)
+        self._forget()
+        if self._accumulation.passes == self.accumulate:
+            self.flush()
+
+    def flush(self) -> None:
+        """Update with what fewer than `accumulate` calls of `step` have gathered. Collective.
+
+        For the end of an epoch or of the data, where it makes the last group a shorter one: its
+        gradient is the mean over its own samples. Does nothing where there is no such group.
+        """
+        if self._accumulation is not None and self._accumulation.passes:
+            self._apply(*self._accumulation.mean())
+
+    def _apply(self, weight: float, problem: MpidlError | None) -> None:
+        """Average what the buckets hold, and update; or raise on every rank. Collective."""
         total, problems = map(float, self.world.sum([weight, problem is not None]))
         if problems:
             self.world.agree(problem)
         if total == 0:
             self.world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
-        first = not self.states
-        for i, flat in enumerate(self.buckets):
-            owned = self.strategy.reduce(flat.grad, weight / total)
-            param, grad = flat.param[owned], flat.grad[owned]
-            if first:
-                self.states.append(self.optimizer.init(param))
-            self.optimizer.update(param, grad, self.states[i])
-            self.strategy.share(flat.param)
+        try:
+            self._update.make(weight / total, self.steps)
+        finally:
+            self._forget()  # they are no longer this rank's own
+        self.steps += 1
+
+    def _forget(self) -> None:
         for parameter in self.parameters.values():
             parameter.zero_grad()
         self._samples = None
-        self.steps += 1
+
+    def average_buffers(self) -> None:
+        """Make each buffer of floats, such as a running mean, its mean over ranks. Collective.
+
+        For models whose layers keep statistics of each rank's own samples: before evaluation, say.
+        Buffers that are equal on all ranks keep their bits.
+        """
+        buffers = [b for b in self.model.buffers() if b.dtype.kind == "f"]
+        if not buffers or self.world.size == 1:
+            return
+        flat = np.concatenate([to_numpy(b.data).reshape(-1).astype(np.float64) for b in buffers])
+        means = self.world.sum(flat) / self.world.size
+        for buffer in buffers:
+            mine, means = means[: buffer.size], means[buffer.size :]
+            value = mine.reshape(buffer.shape).astype(buffer.dtype)
+            buffer.data[...] = namespace(buffer.data).asarray(value)
 
     def close(self) -> None:
         """Give back what the strategy took. The model stays usable. Not collective."""
@@ -128,17 +199,21 @@ class DataParallel:
                 p.fill_grad()
             elif self.check_finite and not namespace(p.grad).isfinite(p.grad).all():
                 raise NonFiniteGradient(f"{step}: the gradient of {name} is not finite")
-        return weight
+        return float(weight)
 
     def _check_parameters(self) -> None:
-        """Compare names, shapes and dtypes with rank 0's. Collective."""
+        """Compare names, shapes and dtypes of parameters and buffers with rank 0's. Collective."""
         mine = [
             f"parameter {name} of shape {p.shape}, {p.dtype}, on the "
             + ("GPU" if is_device(p.data) else "CPU")
             for name, p in self.parameters.items()
         ]
+        mine += [
+            f"buffer {name} of shape {b.shape}, {b.dtype}"
+            for name, b in self.model.named_buffers().items()
+        ]
         with self.world.together():
-            if not mine:
+            if not self.parameters:
                 raise InvalidArgument(f"{type(self.model).__name__} has no parameters")
             for name, p in self.parameters.items():
                 bucket.check_dtype(p.data, f"parameter {name}")
@@ -158,3 +233,12 @@ class DataParallel:
                 with staging.host(chunk, read=root, write=not root) as buffer:
                     self.world.comm.Bcast(buffer)
         staging.close()
+        buffers = self.model.buffers()
+        values = self.world.broadcast([to_numpy(b.data) for b in buffers])
+        for kept, value in zip(buffers, values, strict=True):
+            kept.data[...] = namespace(kept.data).asarray(value)
+
+
+def _describe(optimizer: Groups) -> str:
+    """Return the `repr`, without the addresses that tell one process's objects from another's."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(optimizer))

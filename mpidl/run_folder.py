@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -78,5 +78,6 @@ def _environment(world: World, hosts: list[str]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: asdict(value)}
+        # one level: what stands inside comes here too, with its own name
+        return {type(value).__name__: {f.name: getattr(value, f.name) for f in fields(value)}}
     return str(value)

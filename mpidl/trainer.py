@@ -10,8 +10,8 @@ import numpy as np
 
 from mpidl import data, nn, progress
 from mpidl.array import is_device
-from mpidl.autograd import Tensor, no_grad
 from mpidl.errors import InvalidArgument
+from mpidl.nn.predict import evaluating
 from mpidl.parallel import DataParallel
 from mpidl.world import World, current
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpidl.array import Array
+    from mpidl.autograd import Tensor
     from mpidl.data import Dataset
-    from mpidl.optim import Optimizer
+    from mpidl.optim.groups import Groups
     from mpidl.run_folder import RunFolder
     from mpidl.strategies import Strategy
 
@@ -44,7 +45,8 @@ class Epoch:
 class Trainer:
     """Fits `model` to data, on all ranks of the world.
 
-    Takes the arguments of `DataParallel`, and:
+    Takes the arguments of `DataParallel`, and those below. With `accumulate` = k an update follows
+    on k batches; the last update of an epoch on those that are left.
 
     Args:
         loss: function (output, target) -> mean over the samples, as a tensor of one element.
@@ -59,12 +61,15 @@ class Trainer:
         self,
         model: nn.Module,
         loss: Loss,
-        optimizer: Optimizer,
+        optimizer: Groups,
         strategy: str | Strategy = "allreduce",
         *,
         world: World | None = None,
         metrics: Mapping[str, Metric] | None = None,
         check_finite: bool = False,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        accumulate: int = 1,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
@@ -75,7 +80,14 @@ class Trainer:
             metrics = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
         self.metrics = dict(metrics)
         self.replica = DataParallel(
-            model, optimizer, strategy, world=self.world, check_finite=check_finite
+            model,
+            optimizer,
+            strategy,
+            world=self.world,
+            check_finite=check_finite,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            accumulate=accumulate,
         )
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
@@ -84,9 +96,9 @@ class Trainer:
 
     def fit(
         self,
-        train: Dataset,
+        train: Dataset | data.Loader,
         epochs: int,
-        batch_size: int,
+        batch_size: int | Callable[[int], int] | None = None,
         *,
         evaluate: Dataset | None = None,
         seed: int = 0,
@@ -94,20 +106,28 @@ class Trainer:
     ) -> list[Epoch]:
         """Train for `epochs` epochs with global batches of `batch_size` samples. Collective.
 
+        `batch_size` may be a function of the epoch, from 0 on, such as `schedules.growing_batch`.
+        A `data.Loader` has its own batch size, seed and shuffling. The order of the samples and
+        the noise of layers (dropout) depend on (seed, epoch, step) and the place in the batch.
         Returns one `Epoch` each. `evaluate` is measured after every epoch. A second call goes on
-        where the first ended. Raises on every rank InvalidArgument for epochs below 0,
-        RankMismatch where the ranks differ in what they pass, and what `data.batches` and
-        `DataParallel.step` raise.
+        where the first ended. Raises on every rank InvalidArgument for epochs below 0 or a batch
+        size that is missing, RankMismatch where the ranks differ in what they pass, and what
+        `data.batches` and `DataParallel.step` raise.
         """
         with self.world.together():
             if epochs < 0:
                 raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
+            if (batch_size is None) != isinstance(train, data.Loader):
+                raise InvalidArgument(f"{batch_size=}: expected for a data set, not for a Loader")
         self.world.same(f"{epochs=}, evaluate={evaluate is not None}", "fit")
 
         def batches(epoch: int) -> data.Batches:
+            if isinstance(train, data.Loader):
+                return train.epoch(epoch, device=self.device)
+            assert batch_size is not None
             return data.batches(
                 train,
-                batch_size,
+                batch_size(epoch) if callable(batch_size) else batch_size,
                 world=self.world,
                 seed=seed,
                 epoch=epoch,
@@ -115,13 +135,19 @@ class Trainer:
                 device=self.device,
             )
 
-        steps = epochs * len(batches(0))
-        folder = self._open_folder(train, epochs=epochs, batch_size=batch_size, seed=seed)
+        # all of them now: what is wrong with the last is told at once
+        ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
+        steps = sum(map(len, ahead))
+        first = batches(0)
+        samples = len(first.dataset)
+        if not callable(batch_size):
+            batch_size = first.batch_size
+        folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
         history: list[Epoch] = []
         with progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown:
-            for _ in range(epochs):
-                loss, seconds = self._train(batches(self.epochs), shown)
-                metrics = {} if evaluate is None else self.evaluate(evaluate, batch_size)
+            for this in ahead:
+                loss, seconds = self._train(this, shown)
+                metrics = {} if evaluate is None else self.evaluate(evaluate, this.batch_size)
                 self.epochs += 1
                 result = Epoch(
                     epoch=self.epochs,
@@ -129,7 +155,7 @@ class Trainer:
                     loss=loss,
                     metrics=metrics,
                     seconds=seconds,
-                    samples_per_second=len(train) / seconds,
+                    samples_per_second=samples / seconds,
                 )
                 history.append(result)
                 shown.epoch(_line(result, self.epochs - len(history) + epochs))
@@ -154,18 +180,13 @@ class Trainer:
             shuffle=False,
             device=self.device,
         )
-        training = self.model.training
-        self.model.eval()
-        try:
-            with no_grad():
-                for x, y in batches:
-                    if len(x) == 0:  # other ranks have samples; a mean over none may be NaN
-                        continue
-                    output = self.model(x)
-                    for i, function in enumerate(functions.values()):
-                        totals[i] += function(output, y) * len(x)
-        finally:
-            self.model.train(training)
+        with evaluating(self.model):
+            for x, y in batches:
+                if len(x) == 0:  # other ranks have samples; a mean over none may be NaN
+                    continue
+                output = self.model(x)
+                for i, function in enumerate(functions.values()):
+                    totals[i] += function(output, y) * len(x)
         means = self.world.sum(totals) / len(dataset)
         return dict(zip(functions, map(float, means), strict=True))
 
@@ -174,15 +195,22 @@ class Trainer:
         total: Any = 0.0  # on a GPU it stays there: no step waits for it
         left = len(batches.dataset)
         self.model.train()
+        joins = any(module.sync for module in self.model.modules())
         start = time.perf_counter()
-        for x, y in batches:
-            if len(x):
+        for step, (x, y) in enumerate(batches):
+            whole = min(left, batches.batch_size)
+            place = whole * self.world.rank // self.world.size
+            nn.random.reseed(batches.seed, batches.epoch, step, place)
+            if len(x) or joins:
                 loss = self.loss(self.model(x), y)
                 loss.backward()
+            if len(x):
                 total = total + loss.data.reshape(()).astype(np.float64) * len(x)
             self.replica.step(weight=len(x))
-            shown.step(min(left, batches.batch_size))
-            left -= batches.batch_size
+            shown.step(whole)
+            left -= whole
+        self.replica.flush()
+        self.replica.average_buffers()
         loss_sum = float(total)
         seconds = max(self.world.gather(time.perf_counter() - start))
         return float(self.world.sum([loss_sum])[0]) / len(batches.dataset), seconds
@@ -191,7 +219,7 @@ class Trainer:
         """Give back what the strategy took. The model stays usable. Not collective."""
         self.replica.close()
 
-    def _open_folder(self, train: Dataset, **arguments: Any) -> RunFolder | None:
+    def _open_folder(self, samples: int, **arguments: Any) -> RunFolder | None:
         """Return the run folder, made at the first call, if rank 0 wants one. Collective."""
         out = self.world.broadcast(self.out)
         if out is None or self._folder is not None:
@@ -202,7 +230,7 @@ class Trainer:
             "strategy": type(self.replica.strategy).__name__,
             "optimizer": self.replica.optimizer,
             "device": self.device,
-            "samples": len(train),
+            "samples": samples,
             **arguments,
         }
         self._folder = RunFolder(out, self.world, {**asked, **self.settings})

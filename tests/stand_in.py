@@ -1,32 +1,142 @@
 """A stand-in for CuPy, for machines without a GPU: its arrays lie in host memory.
 
 A mock, and no proof that anything runs on a GPU: docs/gpu.md says what has. It does catch what
-would fail there, since like CuPy's its arrays refuse to become NumPy arrays unasked: NumPy
-functions on a device path, copies forgotten, MPI given memory it cannot read, or should wait for.
+would fail there, or be slow:
+
+- names and parameters that CuPy lacks, by the table tests/cupy_api.json of the real CuPy's;
+- NumPy arrays among device arrays, and device arrays given to NumPy: neither converts unasked;
+- MPI given memory that it cannot read, or should wait for;
+- waiting for the GPU and copies to or from it, which are counted.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
 import os
 import sys
 import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+API = json.loads(Path(__file__).with_name("cupy_api.json").read_text())
+VERSIONS = f"CuPy {' to '.join(API['versions'])}"
+
+CONVERTING = ("array", "asanyarray", "asarray", "ascontiguousarray")  # these take host data
+EMPTY = ("empty", "empty_like")  # these start no kernel
+FIRST = ("a", "arr", "array", "condition", "dst", "x")  # so named, a first argument is an array
+# fmt: off
+#: What has to know values, and waits for them; so does indexing with a mask.
+WAITING = ("argwhere", "compress", "dump", "dumps", "extract", "flatnonzero", "item", "nonzero",
+           "tobytes", "tofile", "tolist", "unique")
+ATTRIBUTES = ("T", "dtype", "imag", "itemsize", "nbytes", "ndim", "real", "shape", "size",
+              "strides")
+UNARY, COMPARISONS = ("abs", "invert", "neg", "pos"), ("eq", "ge", "gt", "le", "lt", "ne")
+ARITHMETIC = ("add", "and", "floordiv", "matmul", "mod", "mul", "or", "pow", "sub", "truediv",
+              "xor")
+# fmt: on
+ADDED_AT = ("int32", "uint32", "uint64", "float16", "float32", "float64")  # what ufunc.at takes
+
 pending = False  # whether the stream may hold work that nobody waited for
+synchronizations = 0  # how often the host waited for the GPU
+transfers = 0  # copies between host and GPU
+
+
+class NotInCuPy(AssertionError, AttributeError):
+    """A name that CuPy lacks; `hasattr` is told so, as it would be by CuPy."""
+
+
+def submit() -> None:
+    global pending
+    pending = True
+
+
+def synchronize() -> None:
+    global pending, synchronizations
+    pending = False
+    synchronizations += 1
+
+
+def transfer() -> None:
+    global transfers
+    transfers += 1
+
+
+@functools.cache
+def signature(text: str) -> inspect.Signature:
+    return inspect.signature(eval(f"lambda {text}: None"))
+
+
+def unwrap(value: Any) -> Any:
+    """Return the host memory behind device arrays, also in lists and tuples."""
+    if isinstance(value, ndarray):
+        return value.host
+    assert not isinstance(value, np.ndarray), "a NumPy array among device arrays"
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(unwrap, value))
+    return value
+
+
+def call(name: str, text: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a NumPy function on device arrays, if CuPy's has such parameters."""
+    try:
+        bound = signature(text).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise AssertionError(f"{VERSIONS}: {name}({text}): {error}") from None
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, ndarray)]
+    if name in CONVERTING and not given:
+        transfer()
+        result = function(*args, **kwargs)
+        return ndarray(result.copy() if result is args[0] else result)
+    first = next(iter(bound), "")
+    if first in FIRST and name not in API["ufuncs"] and name not in CONVERTING:
+        assert isinstance(bound[first], ndarray), f"{name}: {first} is to be a device array"
+    if name.rpartition(".")[2] in WAITING or (name == "where" and len(bound) == 1):
+        synchronize()
+    result = function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
+    if name in ("allclose", "array_equal"):  # a bool by NumPy
+        result = np.asarray(result)
+    return ndarray(result) if name in EMPTY else wrap(result, *given)
+
+
+def wrap(result: Any, *given: ndarray) -> Any:
+    """Put NumPy's result on the device; numbers become arrays, and a given array stays itself."""
+    if isinstance(result, (tuple, list)):
+        return type(result)(wrap(r, *given) for r in result)
+    if not isinstance(result, (np.ndarray, np.generic)):
+        if result is None:  # it wrote into one of its arguments
+            submit()
+        return result
+    for array in given:
+        if result is array.host:
+            submit()
+            return array
+    made = ndarray(np.asarray(result))
+    if not any(np.may_share_memory(made.host, array.host) for array in given):
+        submit()
+    return made
 
 
 class ndarray:  # noqa: N801
     """A device array: everything but conversion to NumPy."""
 
     __array_ufunc__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, host: np.ndarray) -> None:
+        assert host.dtype.char in "?bBhHiIlLqQefdFD", f"CuPy has no arrays of {host.dtype}"
         self.host = host
 
     def __array__(self, *_: object, **__: object) -> np.ndarray:
         raise TypeError("implicit conversion of a device array to NumPy")
+
+    def __array_function__(self, function: Any, _: Any, args: Any, __: Any) -> Any:
+        assert function is np.shape, f"numpy.{function.__name__} of a device array"
+        return args[0].shape
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -36,106 +146,167 @@ class ndarray:  # noqa: N801
         assert not pending, "MPI was given memory on which a kernel may still be at work"
         return {**self.host.__array_interface__, "version": 3, "stream": None}
 
+    @property
+    def flags(self) -> types.SimpleNamespace:
+        names = (name for name in API["flags"] if hasattr(self.host.flags, name))
+        return types.SimpleNamespace(**{name: getattr(self.host.flags, name) for name in names})
+
+    @property
+    def base(self) -> ndarray | None:
+        return None if self.host.base is None else ndarray(self.host.base)
+
     def get(self, out: np.ndarray | None = None) -> np.ndarray:
         synchronize()
+        transfer()
         if out is None:
             return self.host.copy()
+        assert (out.shape, out.dtype) == (self.shape, self.dtype), "get: another shape or dtype"
+        assert out.flags.c_contiguous, "get: into a contiguous array only"
         out[...] = self.host
         return out
 
-    def set(self, host: np.ndarray) -> None:
-        assert type(host) is np.ndarray
-        self.host[...] = host
+    def set(self, arr: np.ndarray) -> None:
+        transfer()
+        assert type(arr) is np.ndarray, "set: from a NumPy array only"
+        assert (arr.shape, arr.dtype) == (self.shape, self.dtype), "set: another shape or dtype"
+        assert self.flags.c_contiguous, "set: into a contiguous array only"
+        self.host[...] = arr
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # no way out to the host: __dlpack__, __array_interface__
             raise AttributeError(name)
-        return wrap(getattr(self.host, name))
+        raise NotInCuPy(f"ndarray.{name}: not in {VERSIONS}, or not in this stand-in")
 
     def __getitem__(self, key: Any) -> Any:
-        return wrap(self.host[unwrap(key)])
+        return wrap(self.host[index(key)], self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        assert not isinstance(value, np.ndarray) or value.ndim == 0, "NumPy array into the device"
+        key = index(key)
+        if not isinstance(value, ndarray):
+            assert np.ndim(value) == 0, "an array or list of the host, into the device"
+            if any(np.ndim(k) for k in (key if isinstance(key, tuple) else (key,))):
+                transfer()  # CuPy fills slices with a number, but puts arrays at other places
         submit()
-        self.host[unwrap(key)] = unwrap(value)
+        self.host[key] = value.host if isinstance(value, ndarray) else value
 
     def __len__(self) -> int:
         return len(self.host)
 
-    def __float__(self) -> float:
-        return float(self.host)
-
-    def __bool__(self) -> bool:
-        return bool(self.host)
-
-
-def operate(name: str) -> Any:
-    def method(self: ndarray, other: Any = None) -> Any:
-        assert not isinstance(other, np.ndarray), "a NumPy array met a device array"
+    def __deepcopy__(self, _: object) -> ndarray:
         submit()
-        arguments = () if other is None else (unwrap(other),)
-        result = getattr(self.host, name)(*arguments)
-        return self if result is self.host else wrap(result)
-
-    return method
+        return ndarray(self.host.copy())
 
 
-for plain in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-    for prefix in ("", "r", "i"):
-        setattr(ndarray, f"__{prefix}{plain}__", operate(f"__{prefix}{plain}__"))
-for name in ("neg", "eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(ndarray, f"__{name}__", operate(f"__{name}__"))
+def index(key: Any) -> Any:
+    """Return the key for host memory; CuPy takes arrays and lists of the host, and copies them."""
+    if isinstance(key, tuple):
+        return tuple(map(index, key))
+    if isinstance(key, (list, np.ndarray)):
+        transfer()
+        return key
+    if isinstance(key, ndarray) and key.dtype == bool:
+        synchronize()
+    return unwrap(key)
 
 
-def unwrap(value: Any) -> Any:
-    if isinstance(value, ndarray):
-        return value.host
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(unwrap, value))
-    return value
+def method(name: str, text: str) -> Any:
+    def run(self: ndarray, *args: Any, **kwargs: Any) -> Any:
+        full = f"ndarray.{name}"
+        return call(full, f"self, {text}", getattr(np.ndarray, name), self, *args, **kwargs)
+
+    return run
 
 
-def wrap(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        return ndarray(np.asarray(value))
-    if callable(value) and not isinstance(value, type):
+def operator(name: str) -> Any:
+    def run(self: ndarray, *others: Any) -> Any:
+        assert not any(isinstance(o, np.ndarray) for o in others), "a NumPy array met a device's"
+        if not all(isinstance(o, (ndarray, int, float, complex, np.generic)) for o in others):
+            return NotImplemented
+        given = [self, *(o for o in others if isinstance(o, ndarray))]
+        return wrap(getattr(np.ndarray, name)(self.host, *map(unwrap, others)), *given)
 
-        def function(*args: Any, **kwargs: Any) -> Any:
-            submit()
-            result = value(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
-            out = kwargs.get("out")
-            return out if out is not None else wrap(result)
+    return run
 
-        return function
-    return value
+
+def to_python(name: str) -> Any:
+    def run(self: ndarray, *args: Any) -> Any:
+        synchronize()
+        return getattr(np.ndarray, name)(self.host, *args)
+
+    return run
+
+
+for name, text in API["methods"].items():
+    if name not in vars(ndarray) and hasattr(np.ndarray, name):
+        setattr(ndarray, name, method(name, text))
+for name in ATTRIBUTES:
+    setattr(ndarray, name, property(lambda self, name=name: wrap(getattr(self.host, name), self)))
+for name in UNARY + COMPARISONS:
+    setattr(ndarray, f"__{name}__", operator(f"__{name}__"))
+for name in ARITHMETIC:
+    for full in (f"__{name}__", f"__r{name}__", f"__i{name}__"):
+        if full in API["operators"]:
+            setattr(ndarray, full, operator(full))
+for name in ("bool", "complex", "float", "int", "repr", "str", "format"):
+    setattr(ndarray, f"__{name}__", to_python(f"__{name}__"))
+
+
+class Ufunc:
+    def __init__(self, name: str) -> None:
+        self.name, self.text, self.host = name, API["functions"][name], getattr(np, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call(self.name, self.text, self.host, *args, **kwargs)
+
+    def at(self, a: ndarray, indices: Any, b: Any = None) -> None:
+        assert "at" in API["ufuncs"][self.name], f"{VERSIONS}: no {self.name}.at"
+        assert a.dtype in ADDED_AT, f"{self.name}.at: of {', '.join(ADDED_AT)} only"
+        submit()
+        self.host.at(a.host, index(indices), *(() if b is None else (unwrap(b),)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in API["ufuncs"][self.name]:
+            raise NotInCuPy(f"{VERSIONS}: no {self.name}.{name}")
+        text = "a, axis=None, dtype=None, out=None, keepdims=None"
+        return functools.partial(call, name, text, getattr(self.host, name))
 
 
 class Namespace(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name == "asarray":
-            return lambda a, dtype=None: (
-                a if isinstance(a, ndarray) else ndarray(np.array(a, dtype))
-            )
-        if name == "empty":  # starts no kernel
-            return lambda *args, **kwargs: ndarray(np.empty(*args, **kwargs))
-        return wrap(getattr(np, name))
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = name in API["plain"] or name in API["functions"]
+        if not known or not hasattr(np, name):
+            reason = "this stand-in has no" if known else f"{VERSIONS}: no"
+            raise NotInCuPy(f"{reason} cupy.{name}")
+        if name in API["plain"]:
+            return getattr(np, name)
+        if name in API["ufuncs"]:
+            return Ufunc(name)
+        return functools.partial(call, name, API["functions"][name], getattr(np, name))
 
 
-def submit() -> None:
-    global pending
-    pending = True
+class Generator:
+    """Gives NumPy's numbers, whatever the bit generator: results can be compared."""
+
+    def __init__(self, seed: Any) -> None:
+        self.host = np.random.default_rng(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in API["random.Generator"]:
+            raise NotInCuPy(f"{VERSIONS}: no random.Generator.{name}")
+        text = API["random.Generator"][name]
+        return functools.partial(call, name, text, getattr(self.host, name))
 
 
-def synchronize() -> None:
-    global pending
-    pending = False
-
-
-def install() -> None:
-    """Make `import cupy` find the stand-in."""
-    cupy = Namespace("cupy")
+def modules() -> dict[str, types.ModuleType]:
+    """Return what `import cupy` and `import cupyx` are to find, by name."""
+    cupy, cupyx = Namespace("cupy"), types.ModuleType("cupyx")
     stream = types.SimpleNamespace(synchronize=synchronize)
+    tricks = {
+        name: functools.partial(call, name, text, getattr(np.lib.stride_tricks, name))
+        for name, text in API["lib.stride_tricks"].items()
+    }
     vars(cupy).update(
         ndarray=ndarray,
         cuda=types.SimpleNamespace(
@@ -143,8 +314,13 @@ def install() -> None:
             Device=lambda _: types.SimpleNamespace(use=lambda: None),
             runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
         ),
+        lib=types.SimpleNamespace(stride_tricks=types.SimpleNamespace(**tricks)),
+        random=types.SimpleNamespace(Generator=Generator, Philox4x3210=lambda seed: seed),
     )
-    sys.modules["cupy"] = cupy
-    pinned = types.ModuleType("cupyx")
-    vars(pinned).update(empty_pinned=lambda size, dtype: np.full(size, 77, dtype))
-    sys.modules["cupyx"] = pinned
+    vars(cupyx).update(empty_pinned=lambda size, dtype: np.full(size, 77, dtype))
+    return {"cupy": cupy, "cupyx": cupyx}
+
+
+def install() -> None:
+    """Make `import cupy` find the stand-in, in this process from now on."""
+    sys.modules.update(modules())

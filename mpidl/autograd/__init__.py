@@ -1,7 +1,22 @@
-"""Reverse-mode automatic differentiation over NumPy and CuPy arrays, define-by-run."""
+"""Automatic differentiation over NumPy and CuPy arrays, define-by-run, in both modes."""
 
 from mpidl.autograd.check import check_gradients
+from mpidl.autograd.modes import no_grad, recording
 from mpidl.autograd.ops import OPS
-from mpidl.autograd.tensor import Tensor, apply, no_grad, recording, tensor
+from mpidl.autograd.tensor import Tensor, apply, tensor
+from mpidl.autograd.transforms import Record, grad, jvp, trace, vjp
 
-__all__ = ["OPS", "Tensor", "apply", "check_gradients", "no_grad", "recording", "tensor"]
+__all__ = [
+    "OPS",
+    "Record",
+    "Tensor",
+    "apply",
+    "check_gradients",
+    "grad",
+    "jvp",
+    "no_grad",
+    "recording",
+    "tensor",
+    "trace",
+    "vjp",
+]

@@ -1,4 +1,4 @@
-"""The numeric checker: every gradient against central differences."""
+"""The numeric checker: both modes of differentiation against central differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpidl.array import namespace, to_numpy
+from mpidl.autograd.modes import no_grad
 from mpidl.autograd.tensor import Tensor
+from mpidl.autograd.transforms import jvp, vjp
 from mpidl.errors import GradientMismatch
 
 if TYPE_CHECKING:
@@ -19,35 +21,57 @@ if TYPE_CHECKING:
 def check_gradients(
     function: Callable[..., Tensor], *arrays: Array, step: float = 1e-6, tolerance: float = 1e-6
 ) -> None:
-    """Compare the gradients of `function(*tensors)` with central differences, in float64.
+    """Compare the derivatives of `function(*tensors)` with central differences, in float64.
 
-    `function` may return any shape: a fixed random weighting makes it one number. The error of
-    an element is taken relative to max(1, |numeric|). Raises GradientMismatch, which names the
-    worst element, where it passes `tolerance`.
+    `function` may return any shape. Reverse mode: a fixed random weighting w makes the value one
+    number, whose gradient is compared element by element. Forward mode: the change of w . value
+    along each single element, for up to 8 of them. Errors are relative to max(1, |numeric|).
+    Raises GradientMismatch, which names the mode and the worst element, where one passes
+    `tolerance`.
     """
-    inputs = [Tensor(a.astype(np.float64), requires_grad=True) for a in arrays]
-    outcome = function(*inputs)
-    weights = np.random.default_rng(0).standard_normal(outcome.shape)
-    weights = namespace(outcome.data).asarray(weights)
-    outcome.backward(weights)
+    points = [a.astype(np.float64) for a in arrays]
+    value, pull = vjp(function, *points)
+    xp, rng = namespace(value), np.random.default_rng(0)
+    weights = xp.asarray(rng.standard_normal(value.shape))
+    pulled = pull(weights)
+    gradients = [to_numpy(g) for g in (pulled if isinstance(pulled, tuple) else (pulled,))]
 
-    def value() -> float:
-        return float((function(*inputs).data * weights).sum())
+    def weighted() -> float:
+        with no_grad():
+            return float((function(*map(Tensor, points)).data * weights).sum())
 
-    for number, x in enumerate(inputs):
-        found = np.zeros(x.shape) if x.grad is None else to_numpy(x.grad)
+    for number, x in enumerate(points):
         numeric = np.zeros(x.shape)
         for index in np.ndindex(x.shape):
-            original = float(x.data[index])
-            x.data[index] = original + step
-            above = value()
-            x.data[index] = original - step
-            numeric[index] = (above - value()) / (2 * step)
-            x.data[index] = original
-        error = np.abs(found - numeric) / np.maximum(1, np.abs(numeric))
-        if error.size and not error.max() <= tolerance:  # NaN is an error too
-            worst = np.unravel_index(int(np.nan_to_num(error, nan=np.inf).argmax()), x.shape)
-            raise GradientMismatch(
-                f"argument {number}, element {tuple(map(int, worst))}: gradient {found[worst]:.8g},"
-                f" numeric {numeric[worst]:.8g} (error {error[worst]:.2g} > {tolerance:g})"
-            )
+            original = float(x[index])
+            x[index] = original + step
+            above = weighted()
+            x[index] = original - step
+            numeric[index] = (above - weighted()) / (2 * step)
+            x[index] = original
+        _compare("reverse", number, gradients[number], numeric, tolerance)
+
+        pushed = numeric.copy()
+        for i in rng.permutation(x.size)[:8]:
+            index = np.unravel_index(int(i), x.shape)
+            directions = [xp.zeros_like(p) for p in points]
+            directions[number][index] = 1
+            change = jvp(function, tuple(points), tuple(directions))[1]
+            if change.shape != value.shape:
+                raise GradientMismatch(
+                    f"forward mode, argument {number}: a change of shape {change.shape}"
+                    f" of a value of shape {value.shape}"
+                )
+            pushed[index] = float((change * weights).sum())
+        _compare("forward", number, pushed, numeric, tolerance)
+
+
+def _compare(mode: str, number: int, found: Array, numeric: Array, tolerance: float) -> None:
+    error = np.abs(found - numeric) / np.maximum(1, np.abs(numeric))
+    if error.size and not error.max() <= tolerance:  # NaN is an error too
+        worst = np.unravel_index(int(np.nan_to_num(error, nan=np.inf).argmax()), error.shape)
+        raise GradientMismatch(
+            f"{mode} mode, argument {number}, element {tuple(map(int, worst))}: gradient"
+            f" {found[worst]:.8g}, numeric {numeric[worst]:.8g}"
+            f" (error {error[worst]:.2g} > {tolerance:g})"
+        )

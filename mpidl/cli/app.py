@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mpidl import __version__
+from mpidl.cli import bench, launcher
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
-from mpidl.cli import launcher
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Data-parallel training over MPI.",
 )
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -11,7 +11,7 @@ from mpidl.array import device_namespace, to_device
 from mpidl.errors import BatchTooLarge, InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from mpidl.array import Array
     from mpidl.data.dataset import Dataset
@@ -35,22 +35,29 @@ class Batches:
     epoch: int
     shuffle: bool
     device: str
+    load: Callable[[Batches], Iterator[tuple[Array, Array]]] | None = None  #: a `Loader`'s
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        return self._take() if self.load is None else self.load(self)
+
+    def _take(self) -> Iterator[tuple[Array, Array]]:
+        for _, shard in self.shards():
+            x, y = self.dataset.take(shard)
+            yield to_device(x, self.device), to_device(y, self.device)
+
+    def shards(self) -> Iterator[tuple[int, Array]]:
+        """Yield, for each step, this rank's samples, and where in the global batch they begin."""
         n = len(self.dataset)
         order = np.arange(n)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         for start in range(0, n, self.batch_size):
             batch = order[start : start + self.batch_size]
-            shard = batch[
-                len(batch) * self.rank // self.size : len(batch) * (self.rank + 1) // self.size
-            ]
-            x, y = self.dataset.take(shard)
-            yield to_device(x, self.device), to_device(y, self.device)
+            first, end = (len(batch) * rank // self.size for rank in (self.rank, self.rank + 1))
+            yield first, batch[first:end]
 
 
 def batches(

@@ -1,33 +1,119 @@
-"""Where the first weights come from."""
+"""Where the first weights come from.
+
+Each function fills a parameter (or an array) in place, on the CPU or the GPU, and returns it:
+`init.he_normal(layer.weight, mode="fan_in")`. A weight is (outputs, inputs, *kernel), with
+fan_in = inputs x kernel elements and fan_out = outputs x kernel elements. Those that need fans
+raise InvalidArgument for fewer than two axes. `nn.seed` makes all of it reproducible.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mpidl.array import Array
+from mpidl.array import Array, namespace
+from mpidl.autograd import Tensor
+from mpidl.errors import InvalidArgument
+from mpidl.nn.random import weights
 
-_seed: int | None = None
-
-
-@cache
-def _generator() -> np.random.Generator:
-    """Make the generator at first use: numpy.random takes long to import."""
-    return np.random.default_rng(_seed)
+T = TypeVar("T", bound="Tensor | Array")
 
 
-def seed(value: int) -> None:
-    """Make the weights of all layers created from now on a pure function of `value`."""
-    global _seed
-    _seed = value
-    _generator.cache_clear()
+def zeros(weight: T) -> T:
+    """Fill with zeros."""
+    return _fill(weight, np.zeros(weight.shape))
 
 
-def uniform(shape: tuple[int, ...], fan_in: int) -> Array:
-    """Return float32 values, uniform in +-1/sqrt(fan_in) (LeCun et al. 1998, section 4.6)."""
+def ones(weight: T) -> T:
+    """Fill with ones."""
+    return _fill(weight, np.ones(weight.shape))
+
+
+def normal(weight: T, mean: float = 0.0, std: float = 1.0) -> T:
+    """Fill from the normal distribution."""
+    return _fill(weight, weights().normal(mean, std, weight.shape))
+
+
+def uniform(weight: T, low: float = 0.0, high: float = 1.0) -> T:
+    """Fill from the uniform distribution on low..high."""
+    return _fill(weight, weights().uniform(low, high, weight.shape))
+
+
+def lecun_uniform(weight: T, fan_in: int) -> T:
+    """Fill uniformly in +-1/sqrt(fan_in) (LeCun et al. 1998, "Efficient BackProp", section 4.6).
+
+    Linear and Conv2d start so, weight and bias.
+    """
     bound = 1 / math.sqrt(max(1, fan_in))
-    return _generator().uniform(-bound, bound, shape).astype(np.float32)
+    return uniform(weight, -bound, bound)
+
+
+def xavier_normal(weight: T, gain: float = 1.0) -> T:
+    """Fill from the normal distribution of variance gain^2 2 / (fan_in + fan_out).
+
+    Glorot and Bengio 2010, "Understanding the difficulty of training deep feedforward neural
+    networks", equation 12.
+    """
+    return normal(weight, 0.0, gain * math.sqrt(2 / sum(fans(weight.shape))))
+
+
+def xavier_uniform(weight: T, gain: float = 1.0) -> T:
+    """Fill uniformly in +-gain sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)."""
+    bound = gain * math.sqrt(6 / sum(fans(weight.shape)))
+    return uniform(weight, -bound, bound)
+
+
+def he_normal(weight: T, mode: str = "fan_in", slope: float = 0.0) -> T:
+    """Fill from the normal distribution of variance 2 / (1 + slope^2) / fan.
+
+    For layers before a (leaky) ReLU of this slope; `mode` is "fan_in", which keeps the size of
+    activations, or "fan_out", that of gradients (He et al. 2015, "Delving deep into rectifiers",
+    equations 10, 14 and 15).
+    """
+    return normal(weight, 0.0, _he(weight.shape, mode, slope))
+
+
+def he_uniform(weight: T, mode: str = "fan_in", slope: float = 0.0) -> T:
+    """Fill uniformly, with the variance of `he_normal`."""
+    bound = math.sqrt(3) * _he(weight.shape, mode, slope)
+    return uniform(weight, -bound, bound)
+
+
+def orthogonal(weight: T, gain: float = 1.0) -> T:
+    """Fill with gain times a random matrix (first axis, all others) of orthonormal rows.
+
+    Where there are more rows than columns, its columns are. Saxe et al. 2014, "Exact solutions to
+    the nonlinear dynamics of learning in deep linear neural networks"; uniform over all such
+    matrices by the signs of R (Mezzadri 2007, "How to generate random matrices from the
+    classical compact groups", section 5).
+    """
+    fans(weight.shape)  # refuses vectors
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    q, r = np.linalg.qr(weights().standard_normal((max(rows, columns), min(rows, columns))))
+    q *= np.where(np.diag(r) < 0, -1, 1)
+    return _fill(weight, gain * (q if rows >= columns else q.T).reshape(weight.shape))
+
+
+def fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return fan_in and fan_out of a weight (outputs, inputs, *kernel)."""
+    if len(shape) < 2:
+        raise InvalidArgument(
+            f"a weight of shape {shape} has no fans: expected (outputs, inputs, *kernel); "
+            "fill biases with init.zeros"
+        )
+    kernel = math.prod(shape[2:])
+    return shape[1] * kernel, shape[0] * kernel
+
+
+def _he(shape: tuple[int, ...], mode: str, slope: float) -> float:
+    if mode not in ("fan_in", "fan_out"):
+        raise InvalidArgument(f"mode={mode!r}: expected 'fan_in' or 'fan_out'")
+    return math.sqrt(2 / (1 + slope**2) / fans(shape)[mode == "fan_out"])
+
+
+def _fill(weight: T, values: Array) -> T:
+    data = weight.data if isinstance(weight, Tensor) else weight
+    data[...] = namespace(data).asarray(values.astype(data.dtype))
+    return weight

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpidl.autograd import Tensor, apply
+from mpidl.functional import binary_cross_entropy, cross_entropy, kl, l1, mse
 
 if TYPE_CHECKING:
     from mpidl.array import Array
+    from mpidl.autograd import Tensor
 
-
-def cross_entropy(logits: Tensor, labels: Array) -> Tensor:
-    """Return the mean of -log softmax(logits (n, classes))[labels (n,), integers]; 0 if n = 0."""
-    return apply("cross_entropy", logits, labels=labels)
-
-
-def mse(output: Tensor, target: Array) -> Tensor:
-    """Return the mean squared error of two arrays of the same shape; 0 if they are empty."""
-    return apply("mse", output, target=target)
-
-
-def l1(output: Tensor, target: Array) -> Tensor:
-    """Return the mean absolute error of two arrays of the same shape; 0 if they are empty."""
-    return apply("l1", output, target=target)
+__all__ = ["accuracy", "binary_cross_entropy", "cross_entropy", "kl", "l1", "mse"]
 
 
 def accuracy(logits: Tensor, labels: Array) -> float:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from mpidl.array import to_device
 from mpidl.autograd import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from mpidl.array import Array
+    from mpidl.nn.predict import Inputs
+    from mpidl.nn.summary import Summary
 
 M = TypeVar("M", bound="Module")
 
@@ -24,24 +29,39 @@ class Parameter(Tensor):
         super().__init__(data, requires_grad=True)
 
 
+class Buffer(Tensor):
+    """State that is no parameter, such as running means: kept in `state_dict`, never trained."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Array) -> None:
+        super().__init__(data)
+
+
 class Module:
     """A function with parameters. Subclasses write `forward`; attributes hold the rest.
 
-    Parameters and modules may stand in attributes directly, or in lists, tuples and dicts.
+    Parameters, buffers and modules may stand in attributes directly, or in lists, tuples and
+    dicts.
     """
 
     training = True  # class attributes, so that a subclass needs no super().__init__()
+    sync = False  #: True where each training forward is collective: a rank without samples joins in
     _hooks: tuple[list[Callable[[Module, tuple[Any, ...]], None]], ...] = ()
+    _output_hooks: tuple[list[Callable[[Module, tuple[Any, ...], Any], None]], ...] = ()
 
-    def forward(self, *inputs: Any) -> Tensor:
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """Compute the output. Subclasses say with which shapes."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         """Call the hooks, then `forward`."""
         for (hook,) in self._hooks:
             hook(self, inputs)
-        return self.forward(*inputs)
+        output = self.forward(*inputs, **options)
+        for (after,) in self._output_hooks:
+            after(self, inputs, output)
+        return output
 
     def on_forward(self, hook: Callable[[Module, tuple[Any, ...]], None]) -> Callable[[], None]:
         """Call `hook(module, inputs)` before each forward. Returns the function that ends this."""
@@ -53,47 +73,67 @@ class Module:
 
         return remove
 
+    def on_output(self, hook: Callable[[Module, tuple[Any, ...], Any], None]) -> Callable[[], None]:
+        """Call `hook(module, inputs, output)` after each forward. Returns what ends this."""
+        entry = [hook]
+        self._output_hooks = (*self._output_hooks, entry)
+
+        def remove() -> None:
+            self._output_hooks = tuple(e for e in self._output_hooks if e is not entry)
+
+        return remove
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the hooks: a copy, or what is loaded again, is in nobody's hands."""
-        return {name: value for name, value in vars(self).items() if name != "_hooks"}
+        hooks = ("_hooks", "_output_hooks")
+        return {name: value for name, value in vars(self).items() if name not in hooks}
 
-    def children(self) -> Iterator[tuple[str, Module | Parameter]]:
-        """Yield the modules and parameters held directly, by name, in the order they were set."""
+    def children(self) -> Iterator[tuple[str, Module | Parameter | Buffer]]:
+        """Yield the modules, parameters and buffers held directly, in the order they were set."""
         for name, value in vars(self).items():
             yield from _members(name, value)
 
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+        """Yield this module, and all it holds, by dotted name, each once, parents first."""
+        seen.add(id(self))
+        yield prefix, self
+        for name, child in self.children():
+            path = f"{prefix}.{name}" if prefix else name
+            if id(child) in seen:
+                continue
+            if isinstance(child, Module):
+                yield from child._walk(path, seen)
+            else:
+                seen.add(id(child))
+                yield path, child
+
+    def named_modules(self) -> dict[str, Module]:
+        """Return this module, named "", and all below it; one that is shared stands there once."""
+        return {name: m for name, m in self._walk("", set()) if isinstance(m, Module)}
+
     def named_parameters(self) -> dict[str, Parameter]:
         """Return all parameters by dotted name; one that is shared stands there once."""
-        found: dict[str, Parameter] = {}
-        seen: set[int] = {id(self)}
+        return {name: p for name, p in self._walk("", set()) if isinstance(p, Parameter)}
 
-        def visit(module: Module, prefix: str) -> None:
-            for name, child in module.children():
-                if id(child) in seen:
-                    continue
-                seen.add(id(child))
-                if isinstance(child, Parameter):
-                    found[prefix + name] = child
-                else:
-                    visit(child, f"{prefix}{name}.")
+    def named_buffers(self) -> dict[str, Buffer]:
+        """Return all buffers by dotted name; one that is shared stands there once."""
+        return {name: b for name, b in self._walk("", set()) if isinstance(b, Buffer)}
 
-        visit(self, "")
-        return found
+    def named_state(self) -> dict[str, Parameter | Buffer]:
+        """Return all parameters and buffers by dotted name, in the order of `state_dict`."""
+        return {name: s for name, s in self._walk("", set()) if not isinstance(s, Module)}
 
     def parameters(self) -> list[Parameter]:
         """Return all parameters, each once."""
         return list(self.named_parameters().values())
 
+    def buffers(self) -> list[Buffer]:
+        """Return all buffers, each once."""
+        return list(self.named_buffers().values())
+
     def modules(self) -> Iterator[Module]:
         """Yield this module and all below it, each once."""
-        seen: set[int] = set()
-        waiting: list[Module] = [self]
-        while waiting:
-            module = waiting.pop()
-            if id(module) not in seen:
-                seen.add(id(module))
-                yield module
-                waiting += [c for _, c in module.children() if isinstance(c, Module)]
+        yield from self.named_modules().values()
 
     def train(self: M, mode: bool = True) -> M:
         """Set training mode here and below, and return the module."""
@@ -106,18 +146,84 @@ class Module:
         return self.train(False)
 
     def to(self: M, device: str) -> M:
-        """Move the parameters to "cpu" or "cuda", and return the module.
+        """Move parameters and buffers to "cpu" or "cuda", and return the module.
 
         Before a `DataParallel` or `Trainer` takes the model: that gives the parameters their place.
         """
-        for parameter in self.parameters():
-            parameter.data = to_device(parameter.data, device)
+        return self._convert(lambda data: to_device(data, device))
+
+    def astype(self: M, dtype: Any) -> M:
+        """Convert parameters and buffers to a floating dtype, and return the module.
+
+        Before a `DataParallel` or `Trainer` takes the model, as `to`. Buffers of whole numbers
+        stay as they are.
+        """
+        wanted = np.dtype(dtype)
+        return self._convert(lambda d: d.astype(wanted, copy=False) if d.dtype.kind == "f" else d)
+
+    def _convert(self: M, function: Callable[[Array], Array]) -> M:
+        for tensor in self.named_state().values():
+            data = function(tensor.data)
+            if data is not tensor.data:
+                tensor.data = data
+                if tensor.requires_grad:  # a gradient of the old dtype or device is of no use
+                    tensor.requires_grad = False
+                    tensor.requires_grad = True
         return self
 
+    def state_dict(self) -> dict[str, Array]:
+        """Return NumPy copies of all parameters and buffers, by dotted name."""
+        return {name: np.array(t.numpy()) for name, t in self.named_state().items()}
 
-def _members(name: str, value: Any) -> Iterator[tuple[str, Module | Parameter]]:
-    """Yield the modules and parameters in `value`, however its lists and dicts are nested."""
-    if isinstance(value, (Module, Parameter)):
+    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
+        """Copy `state` into the parameters and buffers, in place and in their own dtype.
+
+        Raises InvalidArgument, before anything is changed, for arrays of another shape, and, if
+        `strict`, for missing and unexpected names, all of which it lists.
+        """
+        from mpidl.nn.state import load
+
+        load(self, state, strict=strict)
+
+    def predict(self, x: Inputs, *, batch_size: int = 256) -> Array:
+        """Return the outputs for all samples of `x` as one NumPy array, a batch at a time.
+
+        `x` is an array (n, ...), or a data set, whose targets are left alone. Runs in evaluation
+        mode, without gradients and without MPI, where the model is; each module then has its own
+        mode again. Raises InvalidArgument for a batch size below 1.
+        """
+        from mpidl.nn.predict import predict
+
+        return predict(self, x, batch_size)
+
+    def summary(self, example: Array | tuple[int, ...]) -> Summary:
+        """Return the table of layers, output shapes, parameters and FLOPs: `print` it.
+
+        `example` is an input, or its shape: "(1, 3, 32, 32)" stands for float zeros. See `Summary`.
+        """
+        from mpidl.nn.summary import summarize
+
+        return summarize(self, example)
+
+    def arguments(self) -> str:
+        """Return what `repr` shows in parentheses; "" by default."""
+        return ""
+
+    @recursive_repr()
+    def __repr__(self) -> str:
+        """Show the arguments, or the modules below, one a line."""
+        lines = [
+            f"  ({name}): {child!r}".replace("\n", "\n  ")
+            for name, child in self.children()
+            if isinstance(child, Module)
+        ]
+        below = "\n".join(["", *lines, ""]) if lines else ""
+        return f"{type(self).__name__}({self.arguments()}{below})"
+
+
+def _members(name: str, value: Any) -> Iterator[tuple[str, Module | Parameter | Buffer]]:
+    """Yield the modules, parameters and buffers in `value`, its lists and dicts included."""
+    if isinstance(value, (Module, Parameter, Buffer)):
         yield name, value
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):

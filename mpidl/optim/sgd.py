@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 from mpidl.array import blocks, namespace
 from mpidl.errors import InvalidArgument
+from mpidl.optim.base import check, rate, zeros
 
 if TYPE_CHECKING:
     from mpidl.array import Array
-
-
-class Optimizer(Protocol):
-    """What `DataParallel` asks of an optimizer."""
-
-    def init(self, param: Array) -> dict[str, Array]:
-        """Return the state for a flat part `param` (n,) of the parameters."""
-
-    def update(self, param: Array, grad: Array, state: dict[str, Array]) -> None:
-        """Change `param` (n,) and `state` in place, given the averaged `grad` (n,).
-
-        `grad` may be used as scratch space: nobody reads it afterwards.
-        """
+    from mpidl.optim.base import Layers, Rate
 
 
 @dataclass
@@ -33,44 +23,42 @@ class SGD:
     Raises InvalidArgument for values out of range.
     """
 
-    lr: float
+    lr: Rate
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
 
+    elementwise: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("lr", 0, float("inf")),
-            ("momentum", 0, 1),
-            ("weight_decay", 0, 1),
-        ):
-            if not low <= getattr(self, name) < high:
-                raise InvalidArgument(
-                    f"SGD {name}={getattr(self, name)}: expected {low} <= {name} < {high}"
-                )
+        check(self, lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, 1))
         if self.nesterov and not self.momentum:
             raise InvalidArgument("SGD nesterov=True needs a momentum above 0")
 
     def init(self, param: Array) -> dict[str, Array]:
         """Return the velocity (n,), where there is momentum."""
-        return {"velocity": namespace(param).zeros_like(param)} if self.momentum else {}
+        return zeros(param, "velocity") if self.momentum else {}
 
-    def update(self, param: Array, grad: Array, state: dict[str, Array]) -> None:
+    def update(
+        self, param: Array, grad: Array, state: dict[str, Array], step: int, _layers: Layers
+    ) -> None:
         """Make one step in place, block by block, so that each byte is touched while in cache."""
-        velocity = state.get("velocity")
-        # a NumPy float64 would make float32 arrays compute in float64
-        lr, momentum, decay = float(self.lr), float(self.momentum), float(self.weight_decay)
+        xp, velocity = namespace(param), state.get("velocity")
+        lr = rate(self, self.lr, step)
+        momentum, decay = float(self.momentum), float(self.weight_decay)
         for part in blocks(param):
             p, g = param[part], grad[part]
             if decay:
                 g += decay * p
-            if velocity is not None:
+            if velocity is None:
+                g *= lr
+            else:
                 v = velocity[part]
                 v *= momentum
                 v += g
                 if self.nesterov:
                     g += momentum * v
+                    g *= lr
                 else:
-                    g[...] = v
-            g *= lr
+                    xp.multiply(v, lr, out=g)
             p -= g

@@ -321,9 +321,10 @@ def test_weights_reach_the_strategy_as_python_floats(world: mpidl.World) -> None
 
     model = make_model("float32", 0)
     replica = mpidl.DataParallel(model, optim.SGD(lr=0.1), Spy())
-    model(np.ones((2, 5), np.float32)).sum().backward()
-    replica.step()
-    assert set(seen) == {float}
+    for weight in (None, np.float64(2)):
+        model(np.ones((2, 5), np.float32)).sum().backward()
+        replica.step(weight)
+    assert seen == [float, float]
 
 
 @pytest.mark.parametrize("how", ["replaced", "another DataParallel"])

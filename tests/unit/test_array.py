@@ -54,6 +54,10 @@ def test_numpy_arrays_belong_to_numpy() -> None:
     assert array.to_device(x, "cpu") is x
     assert array.to_numpy(x) is x
     array.synchronize(x)  # nothing to wait for
+    assert array.as_array(x) is x
+    assert array.as_array(2.5).shape == ()
+    assert array.namespace(1.5, x) is np
+    assert array.namespace(np.float32(1), 2) is np
 
 
 @pytest.mark.parametrize("function", [array.device_namespace, lambda d: array.to_device(1, d)])
@@ -118,3 +122,29 @@ def test_cupy_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cupy.used == 5 % 3
     assert array.is_device(cupy.ndarray())
     assert array.namespace(cupy.ndarray()) is cupy
+    assert array.namespace(1.5, cupy.ndarray()) is cupy
+    assert array.namespace(cupy.ndarray(), 1.5) is cupy
+    assert array.is_array(cupy.ndarray())
+
+
+def test_memory_is_kept_once_and_only_where_the_c_library_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        def __init__(self, _: None) -> None:
+            self.mallopt = lambda *setting: calls.append(setting)
+
+    class Other:
+        def __init__(self, _: None) -> None:
+            """A C library without mallopt."""
+
+    for library, expected in ((Other, 0), (Library, 2)):
+        monkeypatch.setattr(array.ctypes, "CDLL", library)
+        array.keep_freed_memory.cache_clear()
+        array.keep_freed_memory()
+        array.keep_freed_memory()
+        assert len(calls) == expected
+    assert [option for option, _ in calls] == [array.M_TRIM_THRESHOLD, array.M_MMAP_THRESHOLD]
+    array.keep_freed_memory.cache_clear()  # the next call reaches the library that is there

@@ -9,9 +9,10 @@ import weakref
 import numpy as np
 import pytest
 
-from mpidl import Tensor, nn, no_grad, tensor
+from mpidl import Tensor, functional, nn, no_grad, tensor
 from mpidl.autograd import apply, check_gradients, recording
-from tests.unit.operations import values
+from mpidl.errors import AutogradError
+from tests.unit.draws import values
 
 DEPTH = 100_000  # far beyond Python's limit of recursion
 
@@ -34,6 +35,31 @@ def test_a_polynomial() -> None:
     x = tensor(2.0, requires_grad=True)
     (2 * x**2 + 5 * x).backward()
     assert float(x.grad) == 13
+
+
+def test_two_vectors() -> None:
+    """Q = 3 a^3 - b^2 has dQ/da = 9 a^2 and dQ/db = -2 b."""
+    a, b = tensor([2.0, 3.0], requires_grad=True), tensor([6.0, 4.0], requires_grad=True)
+    (3 * a**3 - b**2).backward(np.ones(2, np.float32))
+    np.testing.assert_allclose(a.grad, 9 * a.data**2)
+    np.testing.assert_allclose(b.grad, -2 * b.data)
+
+
+def test_the_square() -> None:
+    x = tensor(3.0, requires_grad=True)
+    (x**2).backward()
+    assert float(x.grad) == 6
+
+
+def test_a_neuron_of_two_inputs() -> None:
+    """s = sigmoid(1) = 0.731059, and s (1 - s) = 0.196612 times the inputs and the weights."""
+    w = tensor([2.0, -3.0, -3.0], requires_grad=True)
+    x = tensor([-1.0, -2.0], requires_grad=True)
+    s = functional.sigmoid((w[:2] * x).sum() + w[2])
+    s.backward()
+    np.testing.assert_allclose(s.data, 0.731059, atol=1e-6)
+    np.testing.assert_allclose(w.grad, [-0.196612, -0.393224, 0.196612], atol=1e-6)
+    np.testing.assert_allclose(x.grad, [0.393224, -0.589836], atol=1e-6)
 
 
 def test_a_deep_chain_goes_forward_and_backward() -> None:
@@ -116,6 +142,82 @@ def test_gradients_add_up_over_two_backwards(rng: np.random.Generator) -> None:
     assert x.grad is None
     (x * 4.0).sum().backward()
     np.testing.assert_allclose(x.grad, np.full(3, 4.0), rtol=1e-12)
+
+
+def test_a_failing_adjoint_leaves_the_counts_as_they_were() -> None:
+    """What leaves received before stays; later backwards, also of other graphs, run as ever."""
+    x, calls = Tensor(np.ones(2), requires_grad=True), []
+    x.on_gradient(calls.append)
+    y = x * 2.0
+    broken = y * 3.0 + x
+    node = broken.node.edges[0][0]
+    source = node.edges[0][0]
+
+    def fails(g: np.ndarray, out: object) -> np.ndarray:
+        raise RuntimeError("as asked")
+
+    node.edges[0] = (source, fails)
+    with pytest.raises(RuntimeError, match="as asked"):
+        broken.sum().backward()
+    assert (x.uses, y.node.uses, y.node.gradient, node.gradient) == (0, 0, None, None)
+    assert calls == []
+    x.zero_grad()
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2])
+    assert calls == [x]
+
+
+def test_a_failing_hook_leaves_the_counts_as_they_were() -> None:
+    x, y = (Tensor(np.ones(2), requires_grad=True) for _ in range(2))
+
+    def fails(_: Tensor) -> None:
+        raise RuntimeError("as asked")
+
+    removes = [t.on_gradient(fails) for t in (x, y)]
+    with pytest.raises(RuntimeError, match="as asked"):
+        (x * 2.0 + y * 2.0 + x).sum().backward()
+    assert x.uses == y.uses == 0
+    for leaf, remove in zip((x, y), removes, strict=True):
+        remove()
+        leaf.zero_grad()
+    (x * 2.0 + y).sum().backward()
+    np.testing.assert_array_equal([x.grad, y.grad], [[2, 2], [1, 1]])
+
+
+def test_a_part_that_is_freed_stops_the_walk_before_it_starts() -> None:
+    x, y = (Tensor(np.ones(2), requires_grad=True) for _ in range(2))
+    shared = x * x
+    shared.sum().backward()
+    whole = (y * 2.0 + shared).sum()
+    for _ in range(2):
+        with pytest.raises(AutogradError, match="backward through multiply: an earlier backward"):
+            whole.backward()
+        assert y.grad is None
+        assert x.uses == y.uses == whole.node.uses == 0
+
+
+def test_a_hook_may_run_a_backward_of_its_own() -> None:
+    x, y = (Tensor(np.ones(2), requires_grad=True) for _ in range(2))
+    x.on_gradient(lambda _: (y * y).sum().backward())
+    (x * 2.0 + y).sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2])
+    np.testing.assert_array_equal(y.grad, [3, 3])
+
+
+def test_each_thread_walks_its_own_graph() -> None:
+    leaves = [Tensor(np.full(3, float(i)), requires_grad=True) for i in range(4)]
+
+    def work(leaf: Tensor) -> None:
+        for _ in range(200):
+            (leaf * leaf + leaf).sum().backward()
+
+    threads = [threading.Thread(target=work, args=(leaf,)) for leaf in leaves]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, leaf in enumerate(leaves):
+        np.testing.assert_allclose(leaf.grad, np.full(3, 200 * (2 * i + 1)))
 
 
 def test_no_grad_ends_with_an_exception() -> None:

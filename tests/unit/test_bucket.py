@@ -147,3 +147,35 @@ def test_what_mpi_cannot_sum_is_refused(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_mpi_can_sum_is_taken(dtype: str) -> None:
     bucket.check_dtype(np.zeros(3, dtype), "parameter w")
+
+
+def test_a_bucket_has_one_group(bucket_bytes: int, rng: np.random.Generator) -> None:
+    arrays = model(rng)
+    group_of = {name: int(rng.integers(3)) for name in arrays}
+    buckets = bucket.allocate(arrays, Memory(), bucket_bytes, group_of)  # type: ignore[arg-type]
+    for flat in buckets:
+        assert {group_of[name] for name in flat.places} == {flat.group}
+        assert {arrays[name].dtype for name in flat.places} == {flat.param.dtype}
+    assert sorted(name for flat in buckets for name in flat.places) == sorted(arrays)
+
+
+def test_parts_of_owners(bucket_bytes: int, rng: np.random.Generator) -> None:
+    """Cut anywhere, the owned slices hold every element of every array once, and no padding."""
+    for flat in allocate(model(rng), bucket_bytes):
+        for _, param, grad in flat.views():
+            param[...] = grad[...] = 1
+        n = flat.param.size
+        ends = [0, *sorted(map(int, rng.integers(0, n + 1, 3))), n]
+        seen = dict.fromkeys(flat.places, 0)
+        for owned in map(slice, ends, ends[1:]):
+            parts = flat.parts(owned)
+            assert len(parts) == len(flat.places)
+            for name, part in zip(flat.places, parts, strict=True):
+                assert 0 <= part.start <= part.stop <= owned.stop - owned.start
+                mine = flat.param[owned][part]
+                assert (mine == 1).all()
+                start, _ = flat.places[name]
+                if mine.size:  # they come in order: this one is where the last one ended
+                    assert owned.start + part.start == start + seen[name]
+                seen[name] += mine.size
+        assert seen == {name: int(np.prod(shape)) for name, (_, shape) in flat.places.items()}

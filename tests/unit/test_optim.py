@@ -1,120 +1,250 @@
-"""SGD against four lines of NumPy."""
+"""Each optimizer against its formula, in any cut of the parameters."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mpidl import optim
 from mpidl.array import CACHE_BLOCK_BYTES
 from mpidl.errors import InvalidArgument
-from mpidl.optim import SGD
+from mpidl.optim import SGD, Adagrad, Adam, AdamW, Layers, RMSprop, schedules
+from tests.unit.optimizers import CASES, IDS, REFERENCES
 
-COMBINATIONS = [
-    {"momentum": momentum, "nesterov": nesterov, "weight_decay": decay}
-    for momentum in (0.0, 0.9)
-    for nesterov in (False, True)
-    for decay in (0.0, 0.01)
-    if momentum or not nesterov
-]
-SIZES = [0, 1, 7, 2 * CACHE_BLOCK_BYTES // 8 + 3]  # the last: more than two blocks of float64
+LARGE = 2 * CACHE_BLOCK_BYTES // 8 + 3  # more than two blocks of float64
+SIZES = [[0], [1], [7, 0, 12], [5, LARGE, 3]]
 STEPS = 5
+ELEMENTWISE = [case for case in CASES if case[0].elementwise]
+every = pytest.mark.parametrize(("kind", "options"), CASES, ids=IDS)
 
 
-def reference(p, grads, lr, momentum, nesterov, weight_decay):
-    v = np.zeros_like(p)
-    for g in grads:
-        g = g + weight_decay * p
-        v = momentum * v + g
-        p = p - lr * (g + momentum * v if nesterov else v)
-    return p
+def layers_of(sizes: list[int]) -> Layers:
+    """Return the layers of a slice that one rank owns all of."""
+    ends = np.cumsum([0, *sizes]).tolist()
+    return Layers([slice(a, b) for a, b in pairwise(ends)], np.array)
 
 
-def run(sgd: SGD, param: np.ndarray, grads: np.ndarray, parts: list[slice]) -> np.ndarray:
-    """Make a step for each gradient, in each part of the array by itself."""
-    param, grads = param.copy(), grads.copy()
-    for part in parts:
-        state = sgd.init(param[part])
-        for g in grads:
-            sgd.update(param[part], g[part], state)
+def run(optimizer: Any, param: np.ndarray, grads: np.ndarray, layers: Layers) -> np.ndarray:
+    """Make a step for each gradient."""
+    param = param.copy()
+    state = optimizer.init(param)
+    for step, g in enumerate(grads):
+        optimizer.update(param, g.copy(), state, step, layers)
     return param
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-def test_five_steps(options: dict, n: int, dtype: type, rng: np.random.Generator) -> None:
-    param = rng.standard_normal(n).astype(dtype)
-    grads = rng.standard_normal((STEPS, n)).astype(dtype)
-    found = run(SGD(0.1, **options), param, grads, [slice(None)])
-    expected = reference(param.astype(np.float64), grads.astype(np.float64), 0.1, **options)
-    assert found.dtype == dtype
-    tolerance = 1e-12 if dtype is np.float64 else 1e-5
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-def test_owners_that_update_slices_make_the_same_bits(
-    options: dict, rng: np.random.Generator
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@every
+def test_five_steps(
+    kind: type, options: dict, sizes: list[int], dtype: type, rng: np.random.Generator
 ) -> None:
-    n = SIZES[-1]
-    param = rng.standard_normal(n).astype(np.float32)
-    grads = rng.standard_normal((STEPS, n)).astype(np.float32)
-    ends = [0, *sorted(map(int, rng.integers(0, n + 1, 3))), n]
-    parts = [slice(a, b) for a, b in pairwise(ends)]
-    sgd = SGD(0.1, **options)
+    param = rng.standard_normal(sum(sizes)).astype(dtype)
+    grads = rng.standard_normal((STEPS, sum(sizes))).astype(dtype)
+    layers = layers_of(sizes)
+    found = run(kind(**options), param, grads, layers)
+    cut = [param[part] for part in layers.parts]
+    *_, expected = REFERENCES[kind](cut, [[g[p] for p in layers.parts] for g in grads], **options)
+    assert found.dtype == dtype
+    tolerance = 1e-12 if dtype is np.float64 else 2e-5
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_those_that_look_at_norms_are_not_elementwise() -> None:
+    assert {kind for kind in REFERENCES if not kind.elementwise} == {optim.LARS, optim.LAMB}
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@every
+def test_parameters_may_start_from_zeros(
+    kind: type, options: dict, start: float, rng: np.random.Generator
+) -> None:
+    """Beside one that has no gradient: no norm of 0 is divided by, or holds a parameter back."""
+    param, grads = np.zeros(8), rng.standard_normal((STEPS, 8))
+    param[4:], grads[:, 4:] = start, 0
+    layers = layers_of([4, 4])
+    found = run(kind(**options), param, grads, layers)
+    cut = [param[part] for part in layers.parts]
+    *_, expected = REFERENCES[kind](cut, [[g[p] for p in layers.parts] for g in grads], **options)
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-12, atol=1e-15)
+    assert (found[:4] != 0).all()
+
+
+@pytest.mark.parametrize(("kind", "options"), ELEMENTWISE)
+def test_pieces_updated_alone_make_the_same_bits(
+    kind: type, options: dict, rng: np.random.Generator
+) -> None:
+    param = rng.standard_normal(LARGE).astype(np.float32)
+    grads = rng.standard_normal((STEPS, LARGE)).astype(np.float32)
+    ends = [0, *sorted(map(int, rng.integers(0, LARGE + 1, 3))), LARGE]
+    whole, layers = run(kind(**options), param, grads, layers_of([LARGE])), layers_of([LARGE])
+    optimizer = kind(**options)
+    state = optimizer.init(param)
+    for step, g in enumerate(grads):
+        for a, b in pairwise(ends):
+            pieces = {name: array[a:b] for name, array in state.items()}
+            optimizer.update(param[a:b], g[a:b], pieces, step, layers)
+    np.testing.assert_array_equal(param, whole)
+
+
+@every
+def test_the_update_is_in_place(kind: type, options: dict, rng: np.random.Generator) -> None:
+    """In the parameters' dtype, or half of the memory traffic would be for nothing."""
+    param = rng.standard_normal(9).astype(np.float32)
+    grad = rng.standard_normal(9).astype(np.float32)
+    optimizer = kind(**options)
+    state = optimizer.init(param)
+    before, param_before = copy.deepcopy(state), param.copy()
+    kept = dict(state)
+    optimizer.update(param, grad, state, 0, layers_of([9]))
+    assert (param != param_before).all()
+    for name, array in state.items():
+        assert array is kept[name]
+        assert array.dtype == np.float32 and array.shape == (9,)
+        assert (array != before[name]).all(), name
+
+
+@every
+def test_elements_without_a_gradient_stay_zero(kind: type, options: dict) -> None:
+    """As the padding of buckets does: it must not become NaN."""
+    param, optimizer = np.zeros(4, np.float32), kind(**options)
+    state = optimizer.init(param)
+    for step in range(3):
+        optimizer.update(param, np.zeros(4, np.float32), state, step, layers_of([4]))
+    np.testing.assert_array_equal(param, np.zeros(4))
+
+
+@every
+def test_numpy_numbers_as_options(kind: type, options: dict, rng: np.random.Generator) -> None:
+    """A NumPy float64 must not make float32 arrays compute in float64."""
+    param = rng.standard_normal(9).astype(np.float32)
+    grads = rng.standard_normal((STEPS, 9)).astype(np.float32)
+    numbers = {
+        k: tuple(map(np.float64, v))
+        if k == "betas"
+        else v
+        if isinstance(v, bool)
+        else np.float64(v)
+        for k, v in options.items()
+    }
     np.testing.assert_array_equal(
-        run(sgd, param, grads, parts), run(sgd, param, grads, [slice(None)])
+        run(kind(**numbers), param, grads, layers_of([9])),
+        run(kind(**options), param, grads, layers_of([9])),
     )
 
 
-def test_the_update_is_in_place() -> None:
-    param, grad = np.ones(3), np.ones(3)
-    sgd = SGD(0.5, momentum=0.9)
-    state = sgd.init(param)
-    velocity = state["velocity"]
-    sgd.update(param, grad, state)
-    np.testing.assert_array_equal(param, [0.5, 0.5, 0.5])
-    np.testing.assert_array_equal(velocity, [1, 1, 1])
-    assert state["velocity"] is velocity
+@every
+def test_a_rate_of_0_changes_nothing(kind: type, options: dict, rng: np.random.Generator) -> None:
+    param = rng.standard_normal(5)
+    before, optimizer = param.copy(), kind(**{**options, "lr": 0})
+    optimizer.update(param, rng.standard_normal(5), optimizer.init(param), 0, layers_of([5]))
+    np.testing.assert_array_equal(param, before)
 
 
-def test_state_exists_only_for_momentum() -> None:
-    param = np.ones(3, np.float32)
-    assert SGD(0.1).init(param) == {}
-    velocity = SGD(0.1, momentum=0.5).init(param)["velocity"]
-    assert velocity.dtype == np.float32
-    np.testing.assert_array_equal(velocity, np.zeros(3))
+@every
+def test_the_rate_may_be_a_schedule(kind: type, options: dict, rng: np.random.Generator) -> None:
+    """Each step must have its own rate: the reference is fed one that changes under its feet."""
+    param, grads = rng.standard_normal(6), rng.standard_normal((STEPS, 6))
+    rates = rng.uniform(0.01, 0.1, STEPS)
+    found = run(kind(**{**options, "lr": lambda t: rates[t]}), param, grads, layers_of([6]))
+    optimizer, expected = kind(**{**options, "lr": 0.0}), param.copy()
+    state = optimizer.init(expected)
+    for step, g in enumerate(grads):
+        optimizer.lr = rates[step]
+        optimizer.update(expected, g.copy(), state, step, layers_of([6]))
+    np.testing.assert_array_equal(found, expected)
+    assert (found != param).all()
 
 
-def test_the_rate_may_change_between_steps() -> None:
-    param, sgd = np.zeros(1), SGD(1.0)
-    sgd.update(param, np.ones(1), {})
-    sgd.lr = 0.5
-    sgd.update(param, np.ones(1), {})
-    assert param[0] == -1.5
+@pytest.mark.parametrize("bad", [-0.1, np.nan, np.inf])
+@every
+def test_rates_that_cannot_be(kind: type, options: dict, bad: float) -> None:
+    with pytest.raises(InvalidArgument, match=rf"{kind.__name__} lr={bad}: expected 0 <= lr < inf"):
+        kind(**{**options, "lr": bad})
+    optimizer = kind(**{**options, "lr": lambda t: bad if t == 2 else 0.1})
+    param = np.ones(3)
+    state = optimizer.init(param)
+    optimizer.update(param, np.ones(3), state, 1, layers_of([3]))
+    before = param.copy()
+    with pytest.raises(InvalidArgument, match=rf"{kind.__name__} lr at step 2 is {bad} by <func"):
+        optimizer.update(param, np.ones(3), state, 2, layers_of([3]))
+    np.testing.assert_array_equal(param, before)
+
+
+@every
+def test_optimizers_can_be_written_down(kind: type, options: dict) -> None:
+    optimizer = kind(**{**options, "lr": schedules.cosine(0.1, steps=10)})
+    assert pickle.loads(pickle.dumps(optimizer)) == optimizer
+    names = {**vars(optim), **vars(schedules)}
+    assert eval(repr(optimizer), names) == optimizer
+
+
+def test_the_variance_is_never_below_0() -> None:
+    """Of a constant gradient it is 0, and rounding may leave less."""
+    for g in np.geomspace(1e-3, 1e3, 50, dtype=np.float32):
+        param = np.zeros(64, np.float32)
+        grads = np.full((300, 64), g, np.float32)
+        found = run(RMSprop(1e-8, alpha=0.5, centered=True), param, grads, layers_of([64]))
+        assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("optimizer", "names"),
     [
-        ({"lr": -0.1}, "SGD lr=-0.1: expected 0 <= lr < inf"),
-        ({"lr": float("nan")}, "SGD lr=nan"),
-        ({"lr": float("inf")}, "SGD lr=inf"),
-        ({"lr": 1, "momentum": 1.0}, "SGD momentum=1.0: expected 0 <= momentum < 1"),
-        ({"lr": 1, "momentum": -0.5}, "SGD momentum=-0.5"),
-        ({"lr": 1, "weight_decay": -1}, "SGD weight_decay=-1"),
-        ({"lr": 1, "weight_decay": float("nan")}, "SGD weight_decay=nan"),
-        ({"lr": 1, "nesterov": True}, "nesterov=True needs a momentum above 0"),
+        (SGD(0.1), set()),
+        (SGD(0.1, momentum=0.5), {"velocity"}),
+        (Adam(), {"first", "second"}),
+        (RMSprop(), {"square"}),
+        (RMSprop(momentum=0.5, centered=True), {"square", "mean", "velocity"}),
+        (Adagrad(initial=0.5), {"square"}),
+        (optim.LARS(0.1), {"velocity"}),
+        (optim.LAMB(), {"first", "second"}),
+    ],
+    ids=str,
+)
+def test_state_holds_what_is_needed(optimizer: Any, names: set[str]) -> None:
+    state = optimizer.init(np.ones(3, np.float32))
+    assert set(state) == names
+    for array in state.values():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, np.full(3, getattr(optimizer, "initial", 0)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (SGD, {"lr": 1, "momentum": 1.0}, "SGD momentum=1.0: expected 0 <= momentum < 1"),
+        (SGD, {"lr": 1, "momentum": -0.5}, "SGD momentum=-0.5"),
+        (SGD, {"lr": 1, "weight_decay": -1}, "SGD weight_decay=-1"),
+        (SGD, {"lr": 1, "weight_decay": float("nan")}, "SGD weight_decay=nan"),
+        (SGD, {"lr": 1, "nesterov": True}, "nesterov=True needs a momentum above 0"),
+        (Adam, {"betas": (0.9, 1.0)}, r"Adam betas=\(0.9, 1.0\): expected 0 <= betas < 1"),
+        (Adam, {"betas": (-0.1, 0.9)}, r"Adam betas=\(-0.1, 0.9\)"),
+        (Adam, {"eps": 0}, "Adam eps=0: expected 0 < eps < inf"),
+        (AdamW, {"weight_decay": 1.5}, "AdamW weight_decay=1.5"),
+        (AdamW, {"betas": (0.9, float("nan"))}, "AdamW betas"),
+        (AdamW, {"eps": -1}, "AdamW eps=-1"),
+        (RMSprop, {"alpha": 1}, "RMSprop alpha=1: expected 0 <= alpha < 1"),
+        (RMSprop, {"momentum": 2}, "RMSprop momentum=2"),
+        (RMSprop, {"weight_decay": -2}, "RMSprop weight_decay=-2"),
+        (RMSprop, {"eps": float("nan")}, "RMSprop eps=nan"),
+        (Adagrad, {"lr_decay": -1}, "Adagrad lr_decay=-1: expected 0 <= lr_decay < inf"),
+        (Adagrad, {"initial": -1}, "Adagrad initial=-1"),
+        (Adagrad, {"weight_decay": 1}, "Adagrad weight_decay=1"),
+        (Adagrad, {"eps": 0.0}, "Adagrad eps=0.0"),
+        (optim.LARS, {"lr": 1, "trust": -1}, "LARS trust=-1"),
+        (optim.LARS, {"lr": 1, "momentum": 1}, "LARS momentum=1"),
+        (optim.LARS, {"lr": 1, "weight_decay": 1}, "LARS weight_decay=1"),
+        (optim.LAMB, {"betas": (1, 0)}, "LAMB betas"),
+        (optim.LAMB, {"eps": 0}, "LAMB eps=0"),
+        (optim.LAMB, {"weight_decay": -1}, "LAMB weight_decay=-1"),
     ],
 )
-def test_values_that_cannot_be(options: dict, message: str) -> None:
+def test_values_that_cannot_be(kind: type, options: dict, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        SGD(**options)
-
-
-def test_a_rate_of_0_changes_nothing() -> None:
-    param = np.ones(3)
-    SGD(0, weight_decay=0.1).update(param, np.ones(3), {})
-    np.testing.assert_array_equal(param, np.ones(3))
+        kind(**options)

@@ -1,0 +1,208 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpidl.array import is_device, namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mpidl.array import Array
+    from mpidl.autograd.ops.shared import Result
+
+    Three = tuple[Array, Array, Array]
+
+BLOCK_BYTES = 1 << 19  # of scores: half of a core's L2 cache
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    drop: Array | None = None,
+) -> Result:
+    """softmax(q k^T scale) v, for q (..., n, d), k (..., m, d), v (..., m, e).
+
+    `mask` (bool, broadcast to (..., n, m)) tells which keys a query may look at; one that may
+    look at none gets 0. `causal`: at those up to its own place, the last query's being the last
+    key. `drop`, of the shape of the probabilities (..., n, m), multiplies them. `scale` is
+    1/sqrt(d) by default.
+    """
+    if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ValueError("expected q (..., n, d), k (..., m, d) and v (..., m, e)")
+    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        raise ValueError("expected the same leading axes")
+    xp = namespace(q)
+    kernel = Kernel.of(q, k, mask, causal, scale)
+    same = v.shape[-1] == q.shape[-1]  # then it lies as q does: heads side by side
+    y = xp.empty_like(q) if same else xp.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+    p = kernel.forward(q, k, v, drop, y)
+    once: dict[int, Array] = {}  # the three gradients come from one pass
+
+    def backward(g: Array, which: int) -> Array:
+        if which not in once:
+            into = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
+            kernel.backward(g, q, k, v, p, drop, into)
+            once.update(enumerate(into))
+        return once.pop(which)  # asked for again, it is for another g
+
+    adjoints = (
+        lambda g, out: backward(g, 0),
+        lambda g, out: backward(g, 1),
+        lambda g, out: backward(g, 2),
+    )
+    return y, adjoints, lambda vq, vk, vv: kernel.push(q, k, v, p, drop, (vq, vk, vv))
+
+
+def self_attention(
+    qkv: Array,
+    *,
+    heads: int,
+    mask: Array | None = None,
+    causal: bool = False,
+    drop: Array | None = None,
+) -> Result:
+    """Attention of `heads` heads among the places of qkv (n, length, 3 width): (n, length, width).
+
+    The last axis holds queries, keys and values, each (heads, width / heads). As `attention`, but
+    nothing is cut out or put together: it works on views, forward and backward.
+    """
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"expected (n, length, 3 x width), width a multiple of {heads} heads")
+    xp = namespace(qkv)
+    n, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+
+    def parts(whole: Array) -> Array:
+        """(n, length, 3 width) -> views (3, n, heads, length, width / heads)."""
+        return whole.reshape(n, length, 3, heads, width // heads).transpose(2, 0, 3, 1, 4)
+
+    def merged(whole: Array) -> Array:
+        """(n, length, width) -> a view (n, heads, length, width / heads)."""
+        return whole.reshape(n, length, heads, width // heads).transpose(0, 2, 1, 3)
+
+    q, k, v = parts(qkv)
+    kernel = Kernel.of(q, k, mask, causal, None)
+    y = xp.empty((n, length, width), qkv.dtype)
+    p = kernel.forward(q, k, v, drop, merged(y))
+
+    def adjoint(g: Array, out: Array | None) -> Array:
+        back = xp.empty((n, length, 3 * width), g.dtype)
+        kernel.backward(merged(g), q, k, v, p, drop, tuple(parts(back)))
+        return back
+
+    def push(tangent: Array) -> Array:
+        moved = kernel.push(q, k, v, p, drop, tuple(parts(tangent)))
+        return moved.transpose(0, 2, 1, 3).reshape(n, length, width)
+
+    return y, (adjoint,), push
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The passes over the scores, a few matrices at a time, so that they stay in cache.
+
+    Scores are (..., m, n), a column for each query: sums over keys then run along whole rows,
+    several times as fast as sums within them.
+    """
+
+    xp: Any
+    factor: float
+    hidden: Array | None  #: bool, of the shape of the scores
+
+    @classmethod
+    def of(
+        cls, q: Array, k: Array, mask: Array | None, causal: bool, scale: float | None
+    ) -> Kernel:
+        """Prepare for these arrays; see `attention`."""
+        xp, n, m = namespace(q), q.shape[-2], k.shape[-2]
+        hidden = None if mask is None else ~mask
+        if causal:
+            later = xp.arange(m)[None, :] > xp.arange(n)[:, None] + (m - n)
+            hidden = later if hidden is None else hidden | later
+        if hidden is not None:
+            hidden = xp.broadcast_to(hidden, (*q.shape[:-1], m)).swapaxes(-1, -2)
+        factor = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+        return cls(xp, factor, hidden)
+
+    def forward(self, q: Array, k: Array, v: Array, drop: Array | None, y: Array) -> Array:
+        """Write the result into `y`, and return the probabilities (..., m, n)."""
+        xp = self.xp
+        p = xp.empty((*q.shape[:-2], k.shape[-2], q.shape[-2]), q.dtype)
+        drop = self._turned(drop, p)
+        for i in _blocks(p):
+            scores = xp.matmul(k[i], (q[i] * self.factor).swapaxes(-1, -2), out=p[i])
+            if self.hidden is not None:
+                xp.copyto(scores, -xp.inf, where=self.hidden[i])
+            if scores.size:
+                top = scores.max(axis=-2, keepdims=True)
+                scores -= top if self.hidden is None else xp.where(xp.isinf(top), 0, top)
+            xp.exp(scores, out=scores)
+            sums = scores.sum(axis=-2, keepdims=True)
+            if self.hidden is not None:
+                sums += sums == 0
+            scores /= sums
+            y[i] = xp.matmul(self._dropped(scores, drop, i).swapaxes(-1, -2), v[i])
+        return p
+
+    def backward(
+        self, g: Array, q: Array, k: Array, v: Array, p: Array, drop: Array | None, into: Three
+    ) -> None:
+        """Write the gradients of q, k and v into the arrays `into`."""
+        xp = self.xp
+        drop = self._turned(drop, p)
+        dq, dk, dv = into
+        for i in _blocks(p):
+            dv[i] = xp.matmul(self._dropped(p[i], drop, i), g[i])
+            ds = xp.matmul(v[i], g[i].swapaxes(-1, -2))
+            ds = self._through_softmax(self._dropped(ds, drop, i), p[i])
+            ds *= self.factor
+            dq[i] = xp.matmul(ds.swapaxes(-1, -2), k[i])
+            dk[i] = xp.matmul(ds, q[i])
+
+    def push(
+        self, q: Array, k: Array, v: Array, p: Array, drop: Array | None, moved: Three
+    ) -> Array:
+        """Return the change of the result for changes `moved` of q, k and v."""
+        xp, everything = self.xp, (Ellipsis,)
+        drop = self._turned(drop, p)
+        vq, vk, vv = moved
+        ds = xp.matmul(k, vq.swapaxes(-1, -2)) + xp.matmul(vk, q.swapaxes(-1, -2))
+        dp = self._dropped(self._through_softmax(ds * self.factor, p), drop, everything)
+        seen = self._dropped(p, drop, everything)
+        return xp.matmul(dp.swapaxes(-1, -2), v) + xp.matmul(seen.swapaxes(-1, -2), vv)
+
+    def _turned(self, drop: Array | None, p: Array) -> Array | None:
+        """Return `drop`, broadcast to (..., n, m), in the shape (..., m, n) of `p`."""
+        if drop is None:
+            return None
+        shape = (*p.shape[:-2], p.shape[-1], p.shape[-2])
+        return self.xp.broadcast_to(drop, shape).swapaxes(-1, -2)
+
+    @staticmethod
+    def _dropped(p: Array, drop: Array | None, i: tuple[Any, ...]) -> Array:
+        return p if drop is None else p * drop[i]
+
+    @staticmethod
+    def _through_softmax(ds: Array, p: Array) -> Array:
+        """p (ds - sum(p ds)), in place: the Jacobian of softmax, which is symmetric."""
+        ds *= p
+        ds -= p * ds.sum(axis=-2, keepdims=True)
+        return ds
+
+
+def _blocks(p: Array) -> Iterator[tuple[Any, ...]]:
+    """Cut the first axis so that a block of `p` stays in cache; a GPU needs no cutting."""
+    if p.ndim == 2 or is_device(p) or not p.size:
+        yield (Ellipsis,)
+        return
+    step = max(1, BLOCK_BYTES // p[0].nbytes)
+    for start in range(0, len(p), step):
+        yield (slice(start, start + step),)

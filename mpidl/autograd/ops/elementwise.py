@@ -1,0 +1,177 @@
+"""Arithmetic and functions of single elements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mpidl.array import namespace, to_device
+from mpidl.autograd.ops.shared import fit, shape_of, summed
+
+if TYPE_CHECKING:
+    from mpidl.array import Array
+    from mpidl.autograd.ops.shared import Result
+
+
+def negative(x: Array) -> Result:
+    """-x."""
+    return -x, (lambda g, out: -g,), lambda v: -v
+
+
+def add(x: Array, y: Array) -> Result:
+    """x + y, broadcast."""
+    z = x + y
+    return z, (summed(z, x), summed(z, y)), lambda vx, vy: vx + vy
+
+
+def subtract(x: Array, y: Array) -> Result:
+    """x - y, broadcast."""
+    z = x - y
+    shape = shape_of(y)
+    return z, (summed(z, x), lambda g, out: fit(-g, shape)), lambda vx, vy: vx - vy
+
+
+def multiply(x: Array, y: Array) -> Result:
+    """x * y, broadcast."""
+    sx, sy = shape_of(x), shape_of(y)
+    push = lambda vx, vy: vx * y + x * vy  # noqa: E731
+    if sx == sy:
+        return x * y, (lambda g, out: g * y, lambda g, out: g * x), push
+    return x * y, (lambda g, out: fit(g * y, sx), lambda g, out: fit(g * x, sy)), push
+
+
+def divide(x: Array, y: Array) -> Result:
+    """x / y, broadcast."""
+    sx, sy = shape_of(x), shape_of(y)
+    z = x / y
+    adjoints = lambda g, out: fit(g / y, sx), lambda g, out: fit(-g * z / y, sy)
+    return z, adjoints, lambda vx, vy: (vx - z * vy) / y
+
+
+def power(x: Array, y: Array) -> Result:
+    """x ** y, broadcast. The derivative to x is 0 where y = 0, that to y where x = 0.
+
+    That to y is NaN where x < 0: there is none.
+    """
+    if isinstance(y, (int, float)):
+        return _power(x, y)
+    xp, sx, sy = namespace(y), shape_of(x), shape_of(y)
+    x = x if sx else xp.full((), x, y.dtype)
+    z = x**y
+
+    def to_x(g: Array, out: Array | None) -> Array:
+        return fit(g * y * xp.where(y == 0, 1, x) ** xp.where(y == 0, 0, y - 1), sx)
+
+    def to_y(g: Array, out: Array | None) -> Array:
+        logarithm = xp.log(xp.where(x > 0, x, 1))
+        return fit(g * xp.where(x < 0, xp.nan, z * logarithm), sy)
+
+    def push(vx: Any, vy: Any) -> Array:
+        slope = y * xp.where(y == 0, 1, x) ** xp.where(y == 0, 0, y - 1)
+        logarithm = xp.log(xp.where(x > 0, x, 1))
+        rate = xp.where(x < 0, xp.nan, z * logarithm)
+        return vx * slope + xp.where(vy == xp.zeros((), z.dtype), 0, vy * rate)
+
+    return z, (to_x, to_y), push
+
+
+def _power(x: Array, n: float) -> Result:
+    if n == 0:  # also at x = 0
+        return x**0, (lambda g, out: g * 0,), lambda vx, vy: vx * 0
+    if n == 2:
+        return x * x, (lambda g, out: g * (x * 2),), lambda vx, vy: vx * (x * 2)
+    adjoints = (lambda g, out: g * (n * x ** (n - 1)),)
+    return x**n, adjoints, lambda vx, vy: vx * (n * x ** (n - 1))
+
+
+def exp(x: Array) -> Result:
+    """e to the power of x."""
+    y = namespace(x).exp(x)
+    return y, (lambda g, out: g * y,), lambda v: v * y
+
+
+def log(x: Array) -> Result:
+    """Natural logarithm."""
+    return namespace(x).log(x), (lambda g, out: g / x,), lambda v: v / x
+
+
+def sqrt(x: Array) -> Result:
+    """Square root; its derivative at 0 is infinite."""
+    y = namespace(x).sqrt(x)
+    return y, (lambda g, out: g * 0.5 / y,), lambda v: v * 0.5 / y
+
+
+def sin(x: Array) -> Result:
+    """Sine of radians."""
+    xp = namespace(x)
+    return xp.sin(x), (lambda g, out: g * xp.cos(x),), lambda v: v * xp.cos(x)
+
+
+def cos(x: Array) -> Result:
+    """Cosine of radians."""
+    xp = namespace(x)
+    return xp.cos(x), (lambda g, out: -g * xp.sin(x),), lambda v: -v * xp.sin(x)
+
+
+def absolute(x: Array) -> Result:
+    """|x|; its derivative at 0 is 0."""
+    xp = namespace(x)
+    return xp.abs(x), (lambda g, out: g * xp.sign(x),), lambda v: v * xp.sign(x)
+
+
+def clip(x: Array, *, low: float | None, high: float | None) -> Result:
+    """X limited to low..high; the derivative is 1 there, borders included, and 0 outside."""
+    xp = namespace(x)
+    if low is None and high is None:
+        raise ValueError("expected low, high or both")
+    low, high = (None if limit is None else float(limit) for limit in (low, high))
+    inside = xp.ones(x.shape, bool)
+    if low is not None:
+        inside &= x >= low
+    if high is not None:
+        inside &= x <= high
+    return xp.clip(x, low, high), (lambda g, out: g * inside,), lambda v: v * inside
+
+
+def maximum(x: Array, y: Array) -> Result:
+    """The larger of x and y, broadcast; equal ones share the derivative."""
+    return _choice(x, y, namespace(x, y).maximum)
+
+
+def minimum(x: Array, y: Array) -> Result:
+    """The smaller of x and y, broadcast; equal ones share the derivative."""
+    return _choice(x, y, namespace(x, y).minimum)
+
+
+def _choice(x: Array, y: Array, function: Any) -> Result:
+    sx, sy = shape_of(x), shape_of(y)
+    z = function(x, y)
+    of_x, of_y = z == x, z == y
+    dtype = z.dtype
+    share = of_x.astype(dtype) / (of_x.astype(dtype) + of_y)  # NaN, where x or y is
+    adjoints = lambda g, out: fit(g * share, sx), lambda g, out: fit(g * (1 - share), sy)
+    return z, adjoints, lambda vx, vy: vx * share + vy * (1 - share)
+
+
+def where(x: Array, y: Array, *, condition: Array) -> Result:
+    """X where `condition` (bool, broadcast) holds, else y."""
+    xp = namespace(condition)
+    sx, sy = shape_of(x), shape_of(y)
+    adjoints = (
+        lambda g, out: fit(xp.where(condition, g, 0), sx),
+        lambda g, out: fit(xp.where(condition, 0, g), sy),
+    )
+    return xp.where(condition, x, y), adjoints, lambda vx, vy: xp.where(condition, vx, vy)
+
+
+def astype(x: Array, *, dtype: Any) -> Result:
+    """The values in another dtype."""
+    before = x.dtype
+    adjoints = (lambda g, out: g.astype(before),)
+    return x.astype(dtype, copy=False), adjoints, lambda v: v.astype(dtype)
+
+
+def to(x: Array, *, device: str) -> Result:
+    """The values on another device."""
+    before = "cpu" if namespace(x).__name__ == "numpy" else "cuda"
+    adjoints = (lambda g, out: to_device(g, before),)
+    return to_device(x, device), adjoints, lambda v: to_device(v, device)

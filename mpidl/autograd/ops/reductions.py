@@ -1,0 +1,91 @@
+"""Sums and the like, along axes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mpidl.array import namespace
+from mpidl.autograd.ops.shared import scaled_sum, total
+
+if TYPE_CHECKING:
+    from mpidl.array import Array
+    from mpidl.autograd.ops.shared import Result
+
+    Axis = int | tuple[int, ...] | None
+
+
+SMALL = 1 << 12  # elements; up to here a copy takes less time than making a broadcast view
+
+
+def _spread(g: Array, shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Array:
+    """Give `g` back the axes that a reduction took."""
+    xp = namespace(g)
+    if axis is not None and not keepdims:
+        g = xp.expand_dims(g, axis)
+    if math.prod(shape) > SMALL:
+        return xp.broadcast_to(g, shape)
+    wide = xp.empty(shape, g.dtype)
+    wide[...] = g
+    return wide
+
+
+def _count(shape: tuple[int, ...], axis: Axis) -> int:
+    axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    return math.prod(shape[a] for a in axes)
+
+
+def summation(x: Array, *, axis: Axis, keepdims: bool) -> Result:
+    """Sum along axes."""
+    shape = x.shape
+    return (
+        total(x, axis, keepdims),
+        (lambda g, out: _spread(g, shape, axis, keepdims),),
+        lambda v: v.sum(axis=axis, keepdims=keepdims),
+    )
+
+
+def mean(x: Array, *, axis: Axis, keepdims: bool) -> Result:
+    """Mean along axes; 0 of no elements."""
+    shape = x.shape
+    scale = 1 / max(1, _count(shape, axis))
+    return (
+        scaled_sum(x, scale, axis, keepdims),
+        (lambda g, out: _spread(g * scale, shape, axis, keepdims),),
+        lambda v: v.sum(axis=axis, keepdims=keepdims) * scale,
+    )
+
+
+def var(x: Array, *, axis: Axis, correction: float, keepdims: bool) -> Result:
+    """Variance along axes: sum of (x - mean)^2 over count - correction."""
+    shape, count = x.shape, _count(x.shape, axis)
+    if count <= correction:
+        raise ValueError(f"{count} elements, and correction={correction}: expected more elements")
+    scale = 1 / float(count - correction)
+    deviation = x - scaled_sum(x, 1 / count, axis, keepdims=True)
+    return (
+        scaled_sum(deviation * deviation, scale, axis, keepdims),
+        (lambda g, out: deviation * _spread(g * (2 * scale), shape, axis, keepdims),),
+        lambda v: (2 * deviation * v).sum(axis=axis, keepdims=keepdims) * scale,
+    )
+
+
+def largest(x: Array, *, axis: Axis, keepdims: bool) -> Result:
+    """Maximum along axes; equal elements share the derivative."""
+    return _extreme(x, x.max(axis=axis, keepdims=True), axis, keepdims)
+
+
+def smallest(x: Array, *, axis: Axis, keepdims: bool) -> Result:
+    """Minimum along axes; equal elements share the derivative."""
+    return _extreme(x, x.min(axis=axis, keepdims=True), axis, keepdims)
+
+
+def _extreme(x: Array, y: Array, axis: Axis, keepdims: bool) -> Result:
+    shape = x.shape
+    chosen = (x == y).astype(x.dtype)
+    chosen /= chosen.sum(axis=axis, keepdims=True)
+    return (
+        y if keepdims else y.squeeze(axis),
+        (lambda g, out: chosen * _spread(g, shape, axis, keepdims),),
+        lambda v: (chosen * v).sum(axis=axis, keepdims=keepdims),
+    )

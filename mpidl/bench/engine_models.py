@@ -1,0 +1,92 @@
+"""The models of `mpidl bench engine`, as functions that make one training step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpidl import functional, nn, optim
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpidl.array import Array
+
+    Step = Callable[[], None]
+
+RATE = 0.01
+PIXELS, HIDDEN, CLASSES = 784, 1024, 10
+WIDTH, HEADS, LENGTH, LETTERS = 128, 4, 128, 64
+
+
+def batch(name: str) -> tuple[Array, Array]:
+    """Return the inputs and labels of one batch: random, and the same in both engines."""
+    rng = np.random.default_rng(0)
+    if name == "mlp":
+        return rng.standard_normal((128, PIXELS)).astype("f"), rng.integers(0, CLASSES, 128)
+    if name == "cnn":
+        x = rng.standard_normal((32, 3, 32, 32)).astype("f")
+        return x, rng.integers(0, CLASSES, 32)
+    text = rng.integers(0, LETTERS, (2, 16, LENGTH))
+    return text[0], text[1].reshape(-1)
+
+
+class Transformer(nn.Module):
+    """Two blocks over characters, with learnt places: ids (n, length) -> (n length, letters)."""
+
+    def __init__(self) -> None:
+        self.letters = nn.Embedding(LETTERS, WIDTH)
+        self.places = nn.Parameter(np.zeros((LENGTH, WIDTH), np.float32))
+        self.blocks = [nn.TransformerBlock(WIDTH, HEADS, causal=True) for _ in range(2)]
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, LETTERS)
+
+    def forward(self, ids: Array) -> Any:
+        """Return the logits."""
+        x = self.letters(ids) + self.places
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).reshape(-1, LETTERS)
+
+
+def model(name: str) -> nn.Module:
+    """Return the model `name` of `engine.MODELS`."""
+    if name == "mlp":
+        return nn.Sequential(
+            nn.Linear(PIXELS, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, CLASSES),
+        )
+    if name == "cnn":
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 8 * 8, CLASSES),
+        )
+    return Transformer()
+
+
+def in_mpidl(name: str) -> Step:
+    """Return a training step of the model `name` in this engine."""
+    nn.seed(0)
+    x, y = batch(name)
+    network = model(name)
+    optimizer, parameters = optim.SGD(RATE), network.parameters()
+    layers = optim.Layers((), np.array)
+
+    def step() -> None:
+        functional.cross_entropy(network(x), y).backward()
+        for p in parameters:
+            flat = p.data.reshape(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
+            optimizer.update(*flat, {}, 0, layers)
+            p.zero_grad()
+
+    return step

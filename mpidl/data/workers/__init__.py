@@ -1,0 +1,1 @@
+"""Worker processes of `data.Loader`: they never touch MPI, and end with their rank."""

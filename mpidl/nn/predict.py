@@ -1,0 +1,67 @@
+"""Running a model on samples, for its outputs alone."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from mpidl.array import is_array, is_device, to_device, to_numpy
+from mpidl.autograd import Tensor, no_grad
+from mpidl.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mpidl.array import Array
+    from mpidl.data import Dataset
+    from mpidl.nn.module import Module
+
+    Inputs: TypeAlias = Array | Dataset
+
+
+@contextmanager
+def evaluating(module: Module) -> Iterator[None]:
+    """Inside this context the module is in evaluation mode, and nothing is recorded.
+
+    Afterwards each module below has the mode it had before, also where modes were mixed.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def predict(module: Module, x: Inputs, batch_size: int) -> Array:
+    """Return the outputs for all samples. See `Module.predict`."""
+    if batch_size < 1:
+        raise InvalidArgument(f"batch_size={batch_size}: expected 1 or more")
+    outputs = []
+    with evaluating(module):
+        for start in range(0, max(1, len(x)), batch_size):  # of no samples, one empty batch
+            output: Any = module(like(module, _take(x, start, min(start + batch_size, len(x)))))
+            outputs.append(to_numpy(output.data if isinstance(output, Tensor) else output))
+    return np.concatenate(outputs)
+
+
+def like(module: Module, x: Array) -> Array:
+    """Return `x` where the module's parameters are, and in their dtype if it is a floating one."""
+    state = next((s for s in module.named_state().values() if s.dtype.kind == "f"), None)
+    if state is None:
+        return x
+    if x.dtype.kind == "f":
+        x = x.astype(state.dtype, copy=False)
+    return to_device(x, "cuda" if is_device(state.data) else "cpu")
+
+
+def _take(x: Any, start: int, stop: int) -> Array:
+    if isinstance(x, Tensor):
+        x = x.data
+    if is_array(x) or not hasattr(x, "take"):
+        return x[start:stop] if is_array(x) else np.asarray(x[start:stop])
+    return x.take(np.arange(start, stop))[0]

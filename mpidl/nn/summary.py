@@ -1,0 +1,115 @@
+"""The table of a model's layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpidl.autograd import Record, trace
+from mpidl.nn.flops import flops
+from mpidl.nn.module import Parameter
+from mpidl.nn.predict import evaluating, like
+
+if TYPE_CHECKING:
+    from mpidl.array import Array
+    from mpidl.nn.module import Module
+
+HEAD = ("layer", "kind", "output", "parameters", "FLOPs")
+
+
+@dataclass
+class Row:
+    """One call of one module: what it does itself, the modules below not counted."""
+
+    name: str  #: "" is the model
+    kind: str  #: its class
+    depth: int  #: 0 is the model
+    output: tuple[int, ...] | None = None  #: None: not called, or not one array
+    parameters: int = 0  #: 0 from the second call on, and where another row counts them
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers in the order they are called, and totals: `print` it.
+
+    FLOPs are those of one forward pass in evaluation mode, as `nn.flops` counts them: 2 for each
+    multiply-add (linear, matmul, einsum, conv2d, attention), all else 1 an element. `rows` add
+    up to the totals; a module that was not called has a row if it has parameters.
+    """
+
+    rows: list[Row]
+    input: tuple[int, ...]  #: shape
+    parameters: int
+    flops: int
+
+    def __str__(self) -> str:
+        table = [HEAD]
+        above: list[str] = []  # names, from the model down
+        for row in self.rows:
+            above[row.depth :] = [row.name]
+            inside = f"{above[-2]}." if len(above) > 1 else ""
+            name = "  " * row.depth + (row.name.removeprefix(inside) or "model")
+            output = "-" if row.output is None else str(row.output)
+            table.append((name, row.kind, output, f"{row.parameters:,}", f"{row.flops:,}"))
+        table.append(("total", "", "", f"{self.parameters:,}", f"{self.flops:,}"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for cells in table:
+            left = [c.ljust(w) for c, w in zip(cells[:3], widths[:3], strict=True)]
+            right = [c.rjust(w) for c, w in zip(cells[3:], widths[3:], strict=True)]
+            lines.append("  ".join(left + right))
+        rule = "-" * len(lines[0])
+        return "\n".join([f"input {self.input}", lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def summarize(model: Module, example: Array | tuple[int, ...]) -> Summary:
+    """Run `model` once on `example`, an input or its shape. See `Module.summary`."""
+    x = np.zeros(example, np.float32) if isinstance(example, tuple) else example
+    names = {id(module): name for name, module in model.named_modules().items()}
+    rows: list[Row] = []
+    called: list[Row] = []  # from the model down to where we are
+    counted: set[int] = set()  # parameters, by id
+    removers = []
+
+    def make_row(module: Module, depth: int) -> Row:
+        row = Row(names[id(module)], type(module).__name__, depth)
+        for _, child in module.children():
+            if isinstance(child, Parameter) and id(child) not in counted:
+                counted.add(id(child))
+                row.parameters += child.size
+        rows.append(row)
+        return row
+
+    def book(records: list[Record]) -> None:
+        """Charge what ran since the last call or return to the module that ran it."""
+        if called:
+            called[-1].flops += sum(map(flops, records))
+        records.clear()  # its arrays are free to go
+
+    with evaluating(model), trace() as records:
+
+        def enter(module: Module, _: Any) -> None:
+            book(records)
+            called.append(make_row(module, len(called)))
+
+        def leave(_: Module, __: Any, output: Any) -> None:
+            book(records)
+            called.pop().output = getattr(output, "shape", None)
+
+        for module in model.modules():
+            removers += [module.on_forward(enter), module.on_output(leave)]
+        try:
+            model(like(model, x))
+        finally:
+            for remove in removers:
+                remove()
+    seen = {row.name for row in rows}
+    for name, module in model.named_modules().items():
+        if name not in seen and any(isinstance(c, Parameter) for _, c in module.children()):
+            make_row(module, 1)
+    return Summary(
+        rows, x.shape, sum(row.parameters for row in rows), sum(row.flops for row in rows)
+    )

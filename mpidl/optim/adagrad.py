@@ -1,0 +1,60 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mpidl.array import blocks, namespace
+from mpidl.optim.base import check, check_eps, rate, zeros
+
+if TYPE_CHECKING:
+    from mpidl.array import Array
+    from mpidl.optim.base import Layers, Rate
+
+
+@dataclass
+class Adagrad:
+    """s = s + g^2;  p = p - lr / (1 + lr_decay t) g / (sqrt(s) + eps)  (Duchi et al. 2011).
+
+    t counts the updates made before; s begins as `initial`. `weight_decay` p is added to g.
+    Raises InvalidArgument for values out of range.
+    """
+
+    lr: Rate = 1e-2
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    initial: float = 0.0
+    eps: float = 1e-10
+
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        infinite = (0, math.inf)
+        check(self, lr=infinite, lr_decay=infinite, weight_decay=(0, 1), initial=infinite)
+        check_eps(self, self.eps)
+
+    def init(self, param: Array) -> dict[str, Array]:
+        """Return the sum of squares (n,)."""
+        state = zeros(param, "square")
+        state["square"].fill(self.initial)
+        return state
+
+    def update(
+        self, param: Array, grad: Array, state: dict[str, Array], step: int, _layers: Layers
+    ) -> None:
+        """Make one step in place, block by block."""
+        xp, decay = namespace(param), float(self.weight_decay)
+        lr = rate(self, self.lr, step) / (1 + float(self.lr_decay) * step)
+        for part in blocks(param):
+            p, g, square = param[part], grad[part], state["square"][part]
+            if decay:
+                g += decay * p
+            scratch = g * g
+            square += scratch
+            xp.sqrt(square, out=scratch)
+            scratch += float(self.eps)
+            g /= scratch
+            g *= lr
+            p -= g

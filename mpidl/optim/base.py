@@ -1,0 +1,116 @@
+"""The contract of an optimizer. It sees flat slices of buckets, and no model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+
+import numpy as np
+
+from mpidl.array import blocks, is_device, namespace, to_numpy
+from mpidl.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from mpidl.array import Array
+
+#: A rate, or a function of the number of updates made before: see `optim.schedules`.
+Rate: TypeAlias = "float | Callable[[int], float]"
+
+
+class Optimizer(Protocol):
+    """What `DataParallel` asks of an optimizer: hyper-parameters, and no state of its own.
+
+    Its `repr` is compared over ranks, so it should tell the hyper-parameters, as dataclasses do.
+    """
+
+    #: Each element is updated without a look at the others, so that `update` may be called on
+    #: any pieces of a slice and its state, one after the other.
+    elementwise: ClassVar[bool]
+
+    def init(self, param: Array, /) -> dict[str, Array]:
+        """Return the state for a flat part `param` (n,) of the parameters: arrays (n,)."""
+
+    def update(
+        self, param: Array, grad: Array, state: dict[str, Array], step: int, layers: Layers, /
+    ) -> None:
+        """Change `param` (n,) and `state` in place, given the averaged `grad` (n,).
+
+        `step` counts the updates made before this one. `grad` may be used as scratch space:
+        nobody reads it afterwards. `layers` tells the parameters apart; an optimizer that is
+        not elementwise makes its call of `layers.norms`, if any, on every rank, also where n = 0.
+        """
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which elements of a slice belong to which parameter, and norms over whole parameters."""
+
+    parts: Sequence[slice]  #: of the slice, one for each parameter of the bucket, maybe empty
+    total: Callable[[Sequence[float]], npt.NDArray[np.float64]]  #: `Strategy.total`
+
+    def norms(self, *arrays: Array) -> npt.NDArray[np.float64]:
+        """Return Euclidean norms (arrays, parameters) of whole parameters. Collective.
+
+        Each array (n,) is this rank's slice; the parts of all owners count.
+        """
+        pieces = [array[part] for array in arrays for part in self.parts]
+        if pieces and is_device(pieces[0]):  # the host waits once, not for each
+            stacked = namespace(pieces[0]).stack([piece.dot(piece) for piece in pieces])
+            squares: Sequence[float] = to_numpy(stacked).tolist()
+        else:
+            squares = [square_sum(piece) for piece in pieces]
+        return np.sqrt(self.total(squares)).reshape(len(arrays), len(self.parts))
+
+
+def square_sum(array: Array) -> float:
+    """Return the sum of squares of a flat array: in its dtype within a block, float64 beyond."""
+    if is_device(array):
+        return float(array.dot(array))
+    return sum(float(array[part].dot(array[part])) for part in blocks(array))
+
+
+def rate(optimizer: object, lr: Rate, step: int) -> float:
+    """Return the rate of this step, as a Python float.
+
+    A NumPy float64 would make float32 arrays compute in float64. Raises InvalidArgument for a
+    schedule's value out of range.
+    """
+    if not callable(lr):
+        return float(lr)
+    value = float(lr(step))
+    if not 0 <= value < math.inf:
+        raise InvalidArgument(
+            f"{type(optimizer).__name__} lr at step {step} is {value} by {lr!r}: "
+            "expected a finite rate, 0 or more"
+        )
+    return value
+
+
+def check(optimizer: object, **ranges: tuple[float, float]) -> None:
+    """Raise InvalidArgument unless low <= value < high for the attributes named; also for NaN.
+
+    A schedule is not looked at: `rate` does that.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(optimizer, name)
+        for v in value if isinstance(value, tuple) else (value,):
+            if not callable(v) and not low <= v < high:
+                raise InvalidArgument(
+                    f"{type(optimizer).__name__} {name}={value}: expected {low} <= {name} < {high}"
+                )
+
+
+def check_eps(optimizer: object, eps: float) -> None:
+    """Raise InvalidArgument unless eps > 0: without a gradient, only eps is left to divide by."""
+    if not 0 < eps < math.inf:
+        raise InvalidArgument(f"{type(optimizer).__name__} eps={eps}: expected 0 < eps < inf")
+
+
+def zeros(param: Array, *names: str) -> dict[str, Array]:
+    """Return a state of zeros (n,) under each name."""
+    return {name: namespace(param).zeros_like(param) for name in names}

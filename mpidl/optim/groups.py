@@ -1,0 +1,50 @@
+"""Parameter groups: which optimizer has which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, TypeAlias
+
+from mpidl.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mpidl.optim.base import Optimizer
+
+#: One optimizer, or name pattern -> optimizer; the first pattern that matches counts.
+Groups: TypeAlias = "Optimizer | Mapping[str, Optimizer]"
+
+
+def assign(optimizer: Groups, names: Iterable[str]) -> tuple[list[Optimizer], dict[str, int]]:
+    """Return the optimizers, and for each dotted parameter name which of them has it.
+
+    Patterns are those of `fnmatch`, upper and lower case apart. Raises InvalidArgument for a name
+    that no pattern matches, a pattern that gets no name, and what is not an optimizer.
+    """
+    names = list(names)
+    patterns = optimizer if isinstance(optimizer, Mapping) else {"*": optimizer}
+    for pattern, made in patterns.items():
+        if isinstance(made, type) or not hasattr(made, "update"):
+            raise InvalidArgument(
+                f"optimizer for {pattern!r}: expected one such as SGD(lr=0.1), found {made!r}"
+            )
+    group_of: dict[str, int] = {}
+    for name in names:
+        found = (i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern))
+        group = next(found, None)
+        if group is None:
+            raise InvalidArgument(
+                f"no optimizer for parameter {name}: its name matches none of "
+                f'{", ".join(map(repr, patterns))}; end with "*" for all others'
+            )
+        group_of[name] = group
+    for i, pattern in enumerate(patterns):
+        if i not in group_of.values():
+            raise InvalidArgument(
+                f"optimizer pattern {pattern!r} gets no parameter (the first match counts), of "
+                + ", ".join(names[:8])
+                + (", ..." if len(names) > 8 else "")
+            )
+    return list(patterns.values()), group_of

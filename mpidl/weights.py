@@ -1,0 +1,151 @@
+"""Saving a model's weights for inference, and loading them. Without MPI, and without pickle."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from mpidl.errors import DataError, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mpidl.array import Array
+    from mpidl.nn import Module
+
+    AnyPath: TypeAlias = str | os.PathLike[str]
+
+M = TypeVar("M", bound="Module")
+SUFFIX = ".safetensors"
+CHECKSUM = "mpidl.crc32"  # in the file's metadata: the format itself has none
+
+
+def save(model: Module, path: AnyPath) -> None:
+    """Write the parameters and buffers of `model`, by dotted name, to a .safetensors file.
+
+    The file is written whole or not at all: an older one of this name stays until then. On
+    several ranks call it on one. Raises InvalidArgument for another suffix, and where the file
+    cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise InvalidArgument(f"save to {path}: expected a name that ends in {SUFFIX}")
+    # the library writes memory as it lies, without a look at strides
+    state = {name: np.asarray(a, order="C") for name, a in model.state_dict().items()}
+    try:
+        with replacing(path) as unfinished:
+            save_file(state, unfinished, metadata={CHECKSUM: _checksum(state)})
+    except (OSError, SafetensorError) as error:
+        raise InvalidArgument(f"save: cannot write {path}: {error}") from error
+
+
+def load(source: Mapping[str, Array] | AnyPath, model: M) -> M:
+    """Fill `model` with the weights of `source`, and return it in evaluation mode.
+
+    `source` is a dict of arrays by dotted name, or a .safetensors or .npz file of them. On several
+    ranks each calls it, or one does before `DataParallel` takes the model. The model is changed
+    only if all fits.
+
+    Raises DataError for a file that is missing, cut short or damaged (in a .safetensors file,
+    damaged values are seen if `save` wrote it), and InvalidArgument for another suffix, and for
+    names and shapes that are not the model's.
+    """
+    if isinstance(source, Mapping):
+        model.load_state_dict(source)
+        return model.eval()
+    path = Path(source)
+    if path.suffix not in READERS:
+        raise InvalidArgument(f"load {path}: expected a name that ends in {' or '.join(READERS)}")
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "is missing"
+        raise DataError(f"{path} {found}; expected a file of weights")
+    state = READERS[path.suffix](path)
+    try:
+        model.load_state_dict(state)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{path}: {error}") from error
+    return model.eval()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new file's name beside `path`; when all went well it is on disk and named `path`.
+
+    A reader, and whoever comes after a crash, finds the old file or the new one, both whole.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the name is on disk when its folder is
+    try:
+        with suppress(OSError):  # some file systems know no such thing
+            os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read_safetensors(path: Path) -> dict[str, Array]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes: {error}; expected a whole .safetensors file"
+        ) from error
+    found = _checksum(state)
+    if metadata.get(CHECKSUM, found) != found:
+        raise DataError(
+            f"{path} is damaged: checksum {found}; expected {metadata[CHECKSUM]}, as it was saved"
+        )
+    return state
+
+
+def _read_npz(path: Path) -> dict[str, Array]:
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            state = {}
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    array: Any = np.lib.format.read_array(file, allow_pickle=False)
+                    file.read()  # to its end, where the zip's checksum is
+                state[member.removesuffix(".npy")] = array
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds for damaged headers
+        raise DataError(f"{path}: {error}; expected a whole .npz file of numbers") from error
+    return state
+
+
+#: Who reads what; a folder of a training run's state can be another entry.
+READERS: dict[str, Callable[[Path], dict[str, Array]]] = {
+    SUFFIX: _read_safetensors,
+    ".npz": _read_npz,
+}
+
+
+def _checksum(state: Mapping[str, Array]) -> str:
+    """Return the CRC-32 of all names, dtypes, shapes and bytes, by sorted names."""
+    value = 0
+    for name, array in sorted(state.items()):
+        value = zlib.crc32(f"{name} {array.dtype.name} {array.shape}".encode(), value)
+        value = zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8).data, value)
+    return f"{value:08x}"

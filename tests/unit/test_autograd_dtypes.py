@@ -1,0 +1,183 @@
+"""Results and gradients keep the dtype of the input; float16 is as good as it can be."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from mpidl import Tensor, functional, tensor
+from mpidl.autograd import jvp, vjp
+from mpidl.autograd.ops.erf import gauss
+from tests.unit.draws import values
+from tests.unit.operations import CASES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpidl.array import Array
+
+DTYPES = [np.float16, np.float32, np.float64]
+ROUNDS = 6
+ARITHMETIC = [operator.add, operator.sub, operator.mul, operator.truediv]
+KEPT = sorted(set(CASES) - {"astype"})
+
+
+def run(function: Callable[..., Tensor], arrays: list[Array], weights: Any = None) -> list[Array]:
+    """Return the value and all gradients; `weights` of the elements are 1 by default."""
+    leaves = [Tensor(a, requires_grad=True) for a in arrays]
+    y = function(*leaves)
+    y.backward(np.ones_like(y.data) if weights is None else weights.astype(y.dtype))
+    return [y.data, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("name", KEPT)
+def test_values_gradients_and_changes_keep_the_dtype(
+    name: str, dtype: type, rng: np.random.Generator
+) -> None:
+    for _ in range(ROUNDS):
+        function, arrays = CASES[name](rng)
+        points = [a.astype(dtype) for a in arrays]
+        results = run(function, points)
+        results += jvp(function, tuple(points), tuple(points))
+        assert {r.dtype for r in results} == {np.dtype(dtype)}
+        value, pull = vjp(function, *points)
+        pulled = pull(np.ones_like(value))
+        for found, x in zip(pulled if len(arrays) > 1 else [pulled], points, strict=True):
+            assert (found.dtype, found.shape) == (x.dtype, x.shape)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_gradients_between_operations_keep_float32(name: str, rng: np.random.Generator) -> None:
+    """A leaf would narrow what is too wide, so that nobody would see it."""
+    for _ in range(ROUNDS):
+        function, arrays = CASES[name](rng)
+        leaves = [Tensor(a.astype(np.float32), requires_grad=True) for a in arrays]
+        y = function(*leaves)
+        assert y.node is not None
+        assert y.node.edges is not None
+        for _, adjoint in y.node.edges:
+            assert adjoint(np.ones_like(y.data), None).dtype == np.float32
+
+
+#: what computes in several steps, each of which rounds, or divides by what may be small
+ROUNDINGS = {"power": 60, "layer_norm": 60, "batch_norm": 60, "var": 20, "conv2d": 30, "einsum": 30}
+ROUNDINGS["divide"] = 200
+
+
+@pytest.mark.parametrize("name", sorted(set(KEPT) - {"maximum", "minimum", "max", "min"}))
+def test_float16_is_as_good_as_its_digits(name: str, rng: np.random.Generator) -> None:
+    """The error stays below some units of 2^-11 of the largest element, grown by sums."""
+    for _ in range(ROUNDS):
+        function, arrays = CASES[name](rng)
+        narrow = [a.astype(np.float16) for a in arrays]
+        shape = function(*map(Tensor, narrow)).shape
+        weights = values(rng, shape).astype(np.float16)
+        found = run(function, narrow, weights)
+        expected = run(function, [a.astype(np.float64) for a in narrow], weights)
+        terms = max(a.size for a in (weights, *arrays))
+        tolerance = ROUNDINGS.get(name, 12) * 2.0**-11 * max(1, terms) ** 0.5
+        for a, b in zip(found, expected, strict=True):
+            scale = np.abs(b).max(initial=1)
+            np.testing.assert_allclose(a.astype(np.float64), b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("op", [*ARITHMETIC, operator.pow], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("number", [2, 2.5, np.float64(2.5), np.float32(2.5), np.int64(2)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_numbers_keep_the_dtype(op: Callable[..., Tensor], number: Any, dtype: type) -> None:
+    x = tensor([1.0, 2.0], requires_grad=True, dtype=dtype)
+    y = op(x, number)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype) == (dtype, dtype)
+    np.testing.assert_allclose(y.data, op(np.array([1.0, 2.0]), float(number)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("op", [*ARITHMETIC, operator.pow], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("number", [3, 3.0, np.float64(3.0), np.float32(3), np.int64(3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_numbers_on_the_left(op: Callable[..., Tensor], number: Any, dtype: type) -> None:
+    x = tensor([1.0, 2.0], requires_grad=True, dtype=dtype)
+    y = op(number, x)
+    y.sum().backward()
+    assert isinstance(y, Tensor)
+    assert (y.dtype, x.grad.dtype) == (dtype, dtype)
+    np.testing.assert_allclose(y.data, op(float(number), np.array([1.0, 2.0])), rtol=2e-3)
+
+
+@pytest.mark.parametrize("number", [0, 0.5, np.float64(0.5), np.float32(0.5)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_choices_among_numbers_keep_the_dtype(number: Any, dtype: type) -> None:
+    x = tensor([-1.0, 2.0], requires_grad=True, dtype=dtype)
+    results = [
+        functional.maximum(x, number),
+        functional.minimum(x, number),
+        functional.where(x > 0, x, number),
+        functional.where(x > 0, number, x),
+        functional.threshold(x, number, number),
+        functional.leaky_relu(x, number),
+        functional.pad(x, [(1, 1)], number),
+    ]
+    for y in results:
+        assert y.dtype == dtype
+        x.zero_grad()
+        y.sum().backward()
+        assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
+def test_the_normal_distribution_is_exact(dtype: type, rng: np.random.Generator) -> None:
+    """Against the standard library's erfc, over all x where Phi is neither 0 nor 1, and beyond."""
+    x = np.concatenate([rng.uniform(-9, 9, 5000), [-40, -5.5, 0, 5.5, 40]]).astype(dtype)
+    probability, density = gauss(x)
+    error = 2e-15 if dtype is np.float64 else 1.5e-7
+    exact = x.astype(np.float64)
+    expected = [math.erfc(-value / math.sqrt(2)) / 2 for value in exact]
+    assert (probability.dtype, density.dtype) == (dtype, dtype)
+    np.testing.assert_allclose(probability, expected, rtol=0, atol=error)
+    bell = np.exp(-(exact**2) / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(density, bell, rtol=0, atol=error)
+
+
+def test_sums_and_means_keep_float32() -> None:
+    x = tensor([1.0, 2.0], requires_grad=True)
+    assert (x.sum().dtype, x.mean().dtype, x.var().dtype) == (np.float32,) * 3
+
+
+def test_astype_brings_the_gradient_back_in_the_dtype_before(rng: np.random.Generator) -> None:
+    x = tensor(rng.standard_normal(3), dtype=np.float16, requires_grad=True)
+    y = x.astype(np.float64)
+    (y * np.array([1.0, 2.0, 3.0])).sum().backward()
+    assert (y.dtype, x.grad.dtype) == (np.float64, np.float16)
+    np.testing.assert_array_equal(x.grad, [1, 2, 3])
+    between = tensor(np.ones(2), requires_grad=True).astype(np.float32)
+    assert between.node.edges[0][1](np.ones(2, np.float32), None).dtype == np.float64
+    change = jvp(lambda t: t.astype(np.float32), np.ones(2), np.ones(2))[1]
+    assert change.dtype == np.float32
+
+
+def test_gradients_may_come_in_another_dtype() -> None:
+    x = tensor([1.0, 2.0], requires_grad=True)
+    (x * 2.0).backward(np.array([1.0, 0.5]))
+    assert x.grad.dtype == np.float32
+    np.testing.assert_array_equal(x.grad, [2, 1])
+
+
+def test_tensor_makes_float32_of_python_floats_and_keeps_arrays() -> None:
+    assert tensor([1.0, 2.0]).dtype == np.float32
+    assert tensor([1, 2]).dtype == np.int64
+    assert tensor([1, 2], requires_grad=True).dtype == np.float32
+    assert tensor(np.ones(2)).dtype == np.float64
+    assert tensor(np.ones(2), dtype=np.float32).dtype == np.float32
+    assert tensor(tensor([1.0])).dtype == np.float32
+
+
+def test_whole_numbers_in_an_array_that_are_to_have_a_gradient_become_float32() -> None:
+    x = tensor(np.array([1, 2]), requires_grad=True)
+    (x * 0.5).sum().backward()
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(x.grad, [0.5, 0.5])

@@ -1,0 +1,61 @@
+"""`mpidl bench`: that it measures and says what it promises. Speed itself is no test's business."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from mpidl.bench import engine, engine_chains, engine_models, engine_torch
+from tests import job
+
+
+def test_engine_reports_every_model_and_chain() -> None:
+    line = (sys.executable, "-m", "mpidl", "bench", "engine", "--json", "--turns", "1")
+    result = job.execute(None, *line, timeout=200)
+    assert result.status == 0, result
+    report = json.loads(result.output)
+    columns = ["model", "mpidl_ms", "torch_ms", "ratio", "mpidl_peak_mb", "torch_peak_mb"]
+    assert [list(row) for row in report["rows"]] == [columns] * 3
+    assert [row["model"] for row in report["rows"]] == list(engine.MODELS)
+    assert [row["chain"] for row in report["overhead"]] == list(engine_chains.NAMES)
+    for row in report["rows"]:
+        assert row["ratio"] == pytest.approx(row["mpidl_ms"] / row["torch_ms"])
+        assert min(row["mpidl_ms"], row["mpidl_peak_mb"], row["torch_peak_mb"]) > 0
+    for row in report["overhead"]:
+        assert row["ratio"] == pytest.approx(row["mpidl_us"] / row["torch_us"])
+
+
+@pytest.mark.parametrize("name", engine.MODELS)
+def test_the_models_are_the_same_in_both(name: str) -> None:
+    mine, theirs = engine_models.model(name), engine_torch.model(name)
+    shapes = sorted(p.shape for p in mine.parameters())
+    assert shapes == sorted(tuple(p.shape) for p in theirs.parameters())
+    steps = engine_models.in_mpidl(name), engine_torch.in_torch(name)
+    for step in steps:
+        step()
+
+
+@pytest.mark.parametrize("name", engine_chains.NAMES)
+def test_the_chains_are_the_same_in_both(name: str) -> None:
+    mine, theirs = (engine_chains.of(rival)[name](12) for rival in ("mpidl", "torch"))
+    np.testing.assert_allclose(mine.numpy(), theirs.detach().numpy(), rtol=1e-5)
+
+
+def test_without_torch_the_engine_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _: None)
+    seen: list[tuple[str, ...]] = []
+
+    def child(*arguments: str) -> object:
+        seen.append(arguments)
+        if arguments[0] == "overhead":
+            return [{"chain": "c", "mpidl_us": 1.0, "torch_us": None, "ratio": None}]
+        return {"mpidl": 2.0} if arguments[0] == "time" else 3.0
+
+    monkeypatch.setattr(engine, "_child", child)
+    report = engine.run(1)
+    assert not any("torch" in arguments for arguments in seen)
+    assert [row["ratio"] for row in report["rows"]] == [None] * 3
+    engine.show(report)

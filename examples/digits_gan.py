@@ -67,8 +67,7 @@ def main() -> None:
             missed = distance(critic(drawn), 1)
             missed.backward()
             draws.step(weight=len(real))
-            for parameter in critic.parameters():
-                parameter.zero_grad()  # the loss was the generator's
+            tells.zero_grad()  # the loss was the generator's
             sums += [float(found) * len(real), float(missed) * len(real)]
         losses = world.sum(sums) / len(train)
         if folder:

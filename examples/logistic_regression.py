@@ -24,10 +24,6 @@ def loss(logits: Tensor, benign: Array) -> Tensor:
     return nn.binary_cross_entropy(logits.reshape(-1), benign)
 
 
-def share_right(logits: Tensor, benign: Array) -> float:
-    return float(((logits.data[:, 0] > 0) == benign).mean())
-
-
 def main() -> None:
     args = options.parse(__doc__, epochs=30, batch_size=32)
     world = mpidl.init()
@@ -40,7 +36,7 @@ def main() -> None:
         loss,
         optim.SGD(lr=0.1, momentum=0.9, weight_decay=1e-2),
         strategy=args.strategy,
-        metrics={"accuracy": share_right},
+        metrics={"accuracy": nn.binary_accuracy},
         out=args.out,
         settings=vars(args),
     )

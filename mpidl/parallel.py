@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,17 +33,20 @@ class DataParallel:
     """Keeps `model` the same on all ranks: `step` averages the gradients and updates. Collective.
 
     All ranks start from rank 0's weights and buffers. Parameters and gradients move into buckets
-    that the strategy allocates, and every parameter becomes a view into one.
+    that the strategy allocates, and every parameter becomes a view into one. Parameters that are
+    frozen (`requires_grad` is False) stay where they are: they have no optimizer, and neither
+    gradients nor updates; freeze before, for `step` raises where that changed since.
 
     Raises on every rank: UnknownStrategy; UnsupportedDtype; RankMismatch where the parameters
-    differ between ranks in name, shape or dtype, or the arguments do; InvalidArgument for a model
-    without parameters, and for values that cannot be.
+    differ between ranks in name, shape, dtype or in what is frozen, or the arguments do;
+    InvalidArgument for a model without parameters to train, and for values that cannot be.
 
     Args:
         model: any `nn.Module`, already on the device it is to train on.
         optimizer: told of flat slices only; see `optim.Optimizer`. Or name pattern -> optimizer,
             `{"*.bias": SGD(0.1), "*": AdamW()}`: the first pattern (of `fnmatch`) that matches a
-            parameter's dotted name counts, and each must get one.
+            parameter's dotted name counts, and each must get one. Frozen ones need none, but a
+            pattern may be theirs alone.
         strategy: a name in `strategies.STRATEGIES`, or a strategy.
         world: by default `mpidl.init()`.
         check_finite: look at every gradient before it is averaged, and raise NonFiniteGradient
@@ -67,7 +73,9 @@ class DataParallel:
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
-        self.parameters = model.named_parameters()
+        every = model.named_parameters()
+        self.parameters = {name: p for name, p in every.items() if p.requires_grad}  #: to train
+        self._frozen = {name: p for name, p in every.items() if not p.requires_grad}
         self.accumulate = accumulate
         self.steps = 0  #: updates made
         self._check_parameters()
@@ -75,7 +83,9 @@ class DataParallel:
             clip = Clip(clip_value, clip_norm)
             if accumulate != int(accumulate) or accumulate < 1:
                 raise InvalidArgument(f"accumulate={accumulate}: expected a whole number from 1 on")
-            optimizers, group_of = assign(optimizer, self.parameters)
+            patterns = optimizer if isinstance(optimizer, Mapping) else ()
+            known = (n for n in self._frozen if any(fnmatchcase(n, p) for p in patterns))
+            optimizers, group_of = assign(optimizer, [*self.parameters, *known])
         for option in (
             f"bucket_bytes={bucket_bytes}",
             f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",
@@ -87,10 +97,11 @@ class DataParallel:
         self.buckets = bucket.allocate(arrays, self.strategy, bucket_bytes, group_of)
         self._update = Update(self.world, self.strategy, self.buckets, optimizers, clip)
         self._accumulation = Accumulation(self.buckets) if accumulate > 1 else None
-        self._places: dict[str, Array] = {}
+        self._places: dict[str, tuple[Array, Array]] = {}
         self._broadcast()
-        self._samples: int | None = None  # None: the model was not called since the last step
-        self._stop_counting = model.on_forward(self._count)
+        # since the last step; None: the model was not called, NaN: with what has no rows to count
+        self._samples: float | None = None
+        self._stop_counting = model.on_output(self._count)
 
     @property
     def states(self) -> list[dict[str, Array]]:
@@ -101,15 +112,18 @@ class DataParallel:
         """Average the gradients over ranks, update, and forget the gradients. Collective.
 
         `weight` is the number of samples behind this rank's gradient (a mean over them); 0 where
-        a rank had none. By default the rows of the inputs with which the model was called, in
-        training mode, since the last step.
+        a rank had none. By default the rows of the first array passed by position, summed over the
+        calls of the model in training mode since the last step. A call counts also where backward
+        never follows: then pass `weight`, or put the call under `no_grad`.
 
         With `accumulate` = k only every k-th call communicates and updates, with the exact mean
         over the samples of all k calls and all ranks. `flush` ends a shorter group.
 
         Raises on every rank, before anything is updated: MissingBackward where a rank has samples
         and no gradient, NonFiniteGradient if asked to look, or if `clip_norm` finds a norm that is
-        not finite. With `accumulate` this is at the k-th call, whose group is then forgotten.
+        not finite, InvalidArgument for samples that could not be counted, and for a parameter that
+        was frozen, or whose memory was replaced. With `accumulate` this is at the k-th call, whose
+        group is then forgotten.
         """
         problem: MpidlError | None = None
         try:
@@ -120,7 +134,7 @@ class DataParallel:
             self._apply(weight, problem)
             return
         self._accumulation.add(weight, problem)
-        self._forget()
+        self.zero_grad()
         if self._accumulation.passes == self.accumulate:
             self.flush()
 
@@ -131,7 +145,8 @@ class DataParallel:
         gradient is the mean over its own samples. Does nothing where there is no such group.
         """
         if self._accumulation is not None and self._accumulation.passes:
-            self._apply(*self._accumulation.mean())
+            weight, problem = self._accumulation.mean()
+            self._apply(weight, problem or self._misplaced())
 
     def _apply(self, weight: float, problem: MpidlError | None) -> None:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
@@ -143,10 +158,15 @@ class DataParallel:
         try:
             self._update.make(weight / total, self.steps)
         finally:
-            self._forget()  # they are no longer this rank's own
+            self.zero_grad()  # they are no longer this rank's own
         self.steps += 1
 
-    def _forget(self) -> None:
+    def zero_grad(self) -> None:
+        """Forget the gradients, and the samples counted, since the last step. Not collective.
+
+        For a pass through this model that was not for its own loss. What `step` has gathered with
+        `accumulate`, problems included, stays.
+        """
         for parameter in self.parameters.values():
             parameter.zero_grad()
         self._samples = None
@@ -172,41 +192,69 @@ class DataParallel:
         self._stop_counting()
         self.strategy.close()
 
-    def _count(self, model: Module, inputs: tuple[Any, ...]) -> None:
-        if model.training and recording() and inputs:
-            self._samples = (self._samples or 0) + len(inputs[0])
+    def _count(self, model: Module, inputs: tuple[Any, ...], _: Any) -> None:
+        if model.training and recording():
+            shapes = (getattr(x, "shape", ()) for x in inputs)
+            rows = next((shape[0] for shape in shapes if shape), math.nan)
+            self._samples = (self._samples or 0) + rows
+
+    def _misplaced(self) -> InvalidArgument | None:
+        """Return what is wrong with a parameter that does not train as it did at the start."""
+        step = f"step {self.steps}: parameter"
+        for name, p in self.parameters.items():
+            if not p.requires_grad:
+                return InvalidArgument(
+                    f"{step} {name} was frozen after DataParallel was made, and its optimizer "
+                    "could still move it: set its requires_grad to True before step(), or make "
+                    "another DataParallel"
+                )
+            if p.data is not self._places[name][0]:
+                return _left(f"{step} {name}")
+        for name, p in self._frozen.items():
+            if p.requires_grad:
+                return InvalidArgument(
+                    f"{step} {name} was frozen when DataParallel was made, and has no optimizer: "
+                    "set its requires_grad to False, or make another DataParallel"
+                )
+        return None
 
     def _weigh(self, weight: float | None) -> float:
         """Return this rank's weight, its gradients being in order and complete; or raise."""
         step = f"step {self.steps}"
+        problem = self._misplaced()
+        if problem is not None:
+            raise problem
+        counted = weight is None
         if weight is None:
             weight = self._samples
-        gradients = any(p.grad is not None for p in self.parameters.values())
-        if weight is None or (weight and not gradients):
+        if weight != 0 and all(p.grad is None for p in self.parameters.values()):
             raise MissingBackward(
                 f"{step}: no gradient: call backward() on a loss of the model's output before "
-                "step(), and pass step(weight=samples) if the model itself was not called"
+                "step(), or pass step(weight=0) where this rank has no samples"
+            )
+        if weight is None or (counted and math.isnan(weight)):
+            why = "was not called" if weight is None else "was called without an array by position"
+            raise InvalidArgument(
+                f"{step}: the samples behind the gradient could not be counted, for the model "
+                f"{why}: pass step(weight=samples)"
             )
         if not 0 <= weight < float("inf"):
             raise InvalidArgument(f"{step}: weight={weight}: expected a finite number, 0 or more")
         for name, p in self.parameters.items():
-            if p.data is not self._places[name]:
-                raise InvalidArgument(
-                    f"{step}: parameter {name} has left its bucket: set values with "
-                    "p.data[...] = values, and give a model to one DataParallel only"
-                )
             if not weight or p.grad is None:  # has no part in this step's loss
                 p.fill_grad()
             elif self.check_finite and not namespace(p.grad).isfinite(p.grad).all():
                 raise NonFiniteGradient(f"{step}: the gradient of {name} is not finite")
+            if p.grad is not self._places[name][1]:
+                raise _left(f"{step}: parameter {name}")
         return float(weight)
 
     def _check_parameters(self) -> None:
-        """Compare names, shapes and dtypes of parameters and buffers with rank 0's. Collective."""
+        """Compare parameters and buffers with rank 0's, all but their values. Collective."""
         mine = [
-            f"parameter {name} of shape {p.shape}, {p.dtype}, on the "
-            + ("GPU" if is_device(p.data) else "CPU")
-            for name, p in self.parameters.items()
+            f"{'frozen ' * (name in self._frozen)}parameter {name} of shape {p.shape}, {p.dtype}, "
+            + ("on the GPU" if is_device(p.data) else "on the CPU")
+            for name, p in self.model.named_parameters().items()
         ]
         mine += [
             f"buffer {name} of shape {b.shape}, {b.dtype}"
@@ -214,7 +262,8 @@ class DataParallel:
         ]
         with self.world.together():
             if not self.parameters:
-                raise InvalidArgument(f"{type(self.model).__name__} has no parameters")
+                frozen = " to train: all are frozen" if self._frozen else ""
+                raise InvalidArgument(f"{type(self.model).__name__} has no parameters{frozen}")
             for name, p in self.parameters.items():
                 bucket.check_dtype(p.data, f"parameter {name}")
         first = self.world.broadcast(mine)
@@ -223,12 +272,11 @@ class DataParallel:
 
     def _broadcast(self) -> None:
         """Move the parameters into the buckets, and take rank 0's values. Collective."""
-        staging = Staging()
+        staging, root = Staging(), self.world.rank == 0
         for flat in self.buckets:
             for name, param, grad in flat.views():
                 self.parameters[name].bind(param, grad)
-                self._places[name] = param
-            root = self.world.rank == 0
+                self._places[name] = param, grad
             for chunk in staging.chunks(flat.param):
                 with staging.host(chunk, read=root, write=not root) as buffer:
                     self.world.comm.Bcast(buffer)
@@ -237,6 +285,16 @@ class DataParallel:
         values = self.world.broadcast([to_numpy(b.data) for b in buffers])
         for kept, value in zip(buffers, values, strict=True):
             kept.data[...] = namespace(kept.data).asarray(value)
+        for frozen in self._frozen.values():  # one by one: most of a large model may be frozen
+            value = self.world.broadcast(to_numpy(frozen.data))
+            frozen.data[...] = namespace(frozen.data).asarray(value)
+
+
+def _left(what: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{what} has left its bucket: set values with p.data[...] = values, and give a model to "
+        "one DataParallel only"
+    )
 
 
 def _describe(optimizer: Groups) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpidl.strategies import Strategy
 
     Loss = Callable[[Tensor, Array], Tensor]
-    Metric = Callable[[Tensor, Array], float]
+    Metric = Callable[[Tensor, Array], float | Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Trainer:
 
     Args:
         loss: function (output, target) -> mean over the samples, as a tensor of one element.
-        metrics: name -> function (output, target) -> mean over the samples. By default accuracy
-            where the loss is `nn.cross_entropy`, else none.
+        metrics: name -> function (output, target) -> mean over the samples, as a number or a
+            tensor of one element. By default accuracy where the loss is `nn.cross_entropy`, else
+            none. "loss" is there already: InvalidArgument on every rank.
         out: folder for `config.json` and `metrics.jsonl`, written by rank 0, whose word counts.
         settings: what else `config.json` is to hold.
         quiet: show no progress.
@@ -79,6 +80,9 @@ class Trainer:
         if metrics is None:
             metrics = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
         self.metrics = dict(metrics)
+        with self.world.together():
+            if "loss" in self.metrics:
+                raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
         self.replica = DataParallel(
             model,
             optimizer,
@@ -171,7 +175,7 @@ class Trainer:
         with self.world.together():
             if len(dataset) == 0:
                 raise InvalidArgument("evaluate: the data set is empty")
-        functions = {"loss": lambda *a: float(self.loss(*a)), **self.metrics}
+        functions: dict[str, Metric] = {"loss": self.loss, **self.metrics}
         totals = [0.0] * len(functions)
         batches = data.batches(
             dataset,
@@ -186,7 +190,7 @@ class Trainer:
                     continue
                 output = self.model(x)
                 for i, function in enumerate(functions.values()):
-                    totals[i] += function(output, y) * len(x)
+                    totals[i] += float(function(output, y)) * len(x)
         means = self.world.sum(totals) / len(dataset)
         return dict(zip(functions, map(float, means), strict=True))
 

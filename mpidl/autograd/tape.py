@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import RLock
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     Adjoint: TypeAlias = Callable[[Array, Array | None], Array]
 
 ndarray = np.ndarray
+
+_walking = RLock()  # leaves are shared between graphs; a hook may walk another graph
 
 OPERATIONS = "mpidl.autograd.ops"
 WHOLE_BYTES = 1024  # up to here an array is remembered byte by byte
@@ -64,20 +67,33 @@ class Node:
     def __init__(self, name: str, edges: list[tuple[Any, Adjoint]]) -> None:
         self.name = name
         self.edges: list[tuple[Any, Adjoint]] | None = edges  # None: freed by a walk
-        #: host arrays in the adjoints' hands, each followed by its mark
-        self.kept: list[Any] = []
+        # no functions for what follows: it is much of what a small operation costs
+        kept: list[Any] | None = None
         for _, adjoint in edges:
             closure = adjoint.__closure__
             if closure:
-                _remember(closure, self.kept)
+                for cell in closure:
+                    value = cell.cell_contents
+                    kind = value.__class__
+                    if kind is ndarray:
+                        mark = value.tobytes() if value.nbytes <= WHOLE_BYTES else _sample(value)
+                        if kept is None:
+                            kept = [value, mark]
+                        else:
+                            kept += value, mark
+                    elif kind is list or kind is FunctionType:
+                        kept = [] if kept is None else kept
+                        _look_inside(value, kept)
+        #: host arrays in the adjoints' hands, each followed by its mark
+        self.kept = kept
         self.gradient: Array | None = None
         self.uses = 0  # in the walk under way
 
     def check(self) -> None:
         """Raise AutogradError where an array that an adjoint needs was changed in place."""
-        marks = iter(self.kept)
+        marks = iter(self.kept or ())
         for value, mark in zip(marks, marks, strict=True):
-            if _sample(value) != mark:
+            if (value.tobytes() if value.nbytes <= WHOLE_BYTES else _sample(value)) != mark:
                 raise AutogradError(
                     f"backward through {self.name}: an array of shape {value.shape} that it needs "
                     "was changed in place after the forward pass; change a copy, or run backward "
@@ -85,21 +101,23 @@ class Node:
                 )
 
 
-def _remember(closure: Any, kept: list[Any]) -> None:
-    """Mark the arrays in a closure, in its lists, and in the closures of its own functions."""
-    for cell in closure:
-        value = cell.cell_contents
-        if value.__class__ is ndarray:
-            kept += value, _sample(value)
-        elif value.__class__ is list:
-            for item in value:
-                if item.__class__ is ndarray:
-                    kept += item, _sample(item)
-        elif value.__class__ is FunctionType and value.__module__.startswith(OPERATIONS):
-            _remember(value.__closure__ or (), kept)  # a user's own function is no business of ours
+def _look_inside(value: Any, kept: list[Any]) -> None:
+    """Mark the arrays in a list, or in the closure of a function of an operation's own."""
+    if value.__class__ is list:
+        for item in value:
+            if item.__class__ is ndarray:
+                kept += item, _sample(item)
+    elif value.__module__.startswith(OPERATIONS):  # what a user passed is no business of ours
+        for cell in value.__closure__ or ():
+            inner = cell.cell_contents
+            if inner.__class__ is ndarray:
+                kept += inner, _sample(inner)
+            elif inner.__class__ is list or inner.__class__ is FunctionType:
+                _look_inside(inner, kept)
 
 
 def _sample(value: Array) -> bytes:
+    """Return the bytes of a small array, and some of a large one's."""
     if value.nbytes <= WHOLE_BYTES:
         return value.tobytes()
     return value.flat[:: value.size // SAMPLES].tobytes()
@@ -112,8 +130,13 @@ def walk(root: Node, gradient: Array, into: dict[Any, Array | None] | None = Non
     memory is given back as early as can be; not with `into`, which gathers the gradients of the
     leaves that are its keys, while all other leaves get none. Raises AutogradError, before any
     leaf receives anything, where an earlier walk freed a part of the graph, or an array that is
-    needed was changed in place.
+    needed was changed in place. One walk at a time: others wait.
     """
+    with _walking:
+        _walk(root, gradient, into)
+
+
+def _walk(root: Node, gradient: Array, into: dict[Any, Array | None] | None) -> None:
     nodes: list[Node] = [root]
     leaves: list[Target] = []
     try:
@@ -139,6 +162,7 @@ def _carry(root: Node, into: dict[Any, Array | None] | None) -> None:
     while ready:
         node = ready.pop()
         gradient, node.gradient = node.gradient, None
+        complete = []
         for parent, adjoint in node.edges:  # type: ignore[union-attr]
             parent.uses -= 1
             if parent.__class__ is Node:
@@ -150,12 +174,14 @@ def _carry(root: Node, into: dict[Any, Array | None] | None) -> None:
             elif into is None:
                 parent.receive(adjoint, gradient)
                 if not parent.uses:
-                    parent.complete()
+                    complete.append(parent)
             elif parent in into:
                 part, before = adjoint(gradient, None), into[parent]  # type: ignore[arg-type]
                 into[parent] = part if before is None else before + part
         if into is None:
-            node.edges, node.kept = None, []
+            node.edges = node.kept = None
+        for leaf in complete:  # now: a hook may change values that the adjoints above needed
+            leaf.complete()
 
 
 def _edges(node: Node) -> list[tuple[Any, Adjoint]]:

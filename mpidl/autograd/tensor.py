@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,147 +10,28 @@ import numpy as np
 from mpidl import array
 from mpidl.autograd.modes import mode
 from mpidl.autograd.ops import OPS
-from mpidl.autograd.tape import Leaf, Node, walk
+from mpidl.autograd.tape import Node
+from mpidl.autograd.variable import Variable
 from mpidl.errors import AutogradError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from mpidl.array import Array
-    from mpidl.autograd.tape import Adjoint
+
+ndarray, generic, new = np.ndarray, np.generic, object.__new__  # for each operation
 
 
-ndarray, generic = np.ndarray, np.generic
-
-
-class Tensor:
+class Tensor(Variable):
     """An array (NumPy or CuPy, any shape) that can be differentiated.
 
-    A leaf with `requires_grad` gathers its gradient in `grad`. The gradient lives in memory of
-    the leaf's own, or in a view of a bucket: see `bind`.
+    A leaf with `requires_grad` gathers its gradient in `grad`. Operators and methods record how
+    their results were made, for `backward`. Comparisons give arrays of bool.
     """
 
-    __slots__ = ("__weakref__", "data", "node", "uses")
+    __slots__ = ()
     __array_ufunc__ = None  # NumPy leaves `array + tensor` to Tensor.__radd__
-
-    def __init__(self, data: Array, *, requires_grad: bool = False) -> None:
-        self.data = data
-        self.node: Node | Leaf | None = None
-        self.uses = 0
-        if requires_grad:
-            self.requires_grad = True
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether gradients reach this tensor: settable where no operation made it."""
-        return self.node is not None
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        if isinstance(self.node, Node):
-            raise AutogradError(
-                "requires_grad: this tensor is a result; use detach() to cut it off"
-            )
-        if value != self.requires_grad:
-            self.node = Leaf() if value else None
-
-    @property
-    def grad(self) -> Array | None:
-        """The gathered gradient, of the shape and dtype of `data`; None before `backward`."""
-        leaf = self.node
-        return leaf.grad if isinstance(leaf, Leaf) and leaf.filled else None
-
-    def zero_grad(self) -> None:
-        """Forget the gradient. Its memory is kept and written over by the next backward."""
-        if isinstance(self.node, Leaf):
-            self.node.filled = False
-
-    def fill_grad(self) -> None:
-        """Make the gradient zero, in its own memory: this leaf has no part in the loss."""
-        leaf = self._leaf()
-        if leaf.grad is None:
-            leaf.grad = array.namespace(self.data).empty_like(self.data)
-        leaf.grad.fill(0)
-        leaf.filled = True
-
-    def bind(self, data: Array, grad: Array) -> None:
-        """Move the values into `data`, and let gradients gather in `grad`, both of this shape.
-
-        This is how a parameter comes to live in a bucket: no gradient is ever copied there.
-        """
-        leaf = self._leaf()
-        data[...] = self.data
-        if leaf.filled:
-            grad[...] = leaf.grad
-        self.data, leaf.grad = data, grad
-
-    def on_gradient(self, hook: Callable[[Tensor], None]) -> Callable[[], None]:
-        """Call `hook(self)` once in each backward, when the gradient of this leaf is complete.
-
-        Returns the function that ends this.
-        """
-        leaf, entry = self._leaf(), [hook]  # its identity tells it from the same hook added again
-        leaf.hooks = (*leaf.hooks, entry)
-
-        def remove() -> None:
-            leaf.hooks = tuple(e for e in leaf.hooks if e is not entry)
-
-        return remove
-
-    def backward(self, gradient: Array | Tensor | None = None) -> None:
-        """Add to the `grad` of every leaf the derivative of this tensor, and free the graph.
-
-        `gradient` (of this tensor's shape) weights the elements; only a single element can do
-        without. Raises AutogradError for a wrong gradient, for a graph that is freed already, and
-        where an array that is needed was changed in place since the forward pass.
-        """
-        if self.node is None:
-            raise AutogradError("backward: this tensor depends on nothing that requires a gradient")
-        if gradient is None:
-            if self.data.size != 1:
-                raise AutogradError(
-                    f"backward of a tensor of shape {self.shape}: pass a gradient of that shape, "
-                    "or sum to one number first"
-                )
-            gradient = array.namespace(self.data).ones_like(self.data)
-        given = _data(gradient)
-        if getattr(given, "shape", None) != self.shape:
-            found = getattr(given, "shape", type(given).__name__)
-            raise AutogradError(
-                f"backward: gradient of shape {found}: expected an array of shape {self.shape}"
-            )
-        array.keep_freed_memory()
-        if isinstance(self.node, Node):
-            walk(self.node, given)
-        else:
-            self.receive(lambda g, out: g, given)
-            self.complete()
-
-    def receive(self, adjoint: Adjoint, gradient: Array) -> None:
-        """Add `adjoint(gradient)` to `grad`. The first one is computed right where it belongs."""
-        leaf = self.node
-        if not isinstance(leaf, Leaf):  # requires_grad was taken back since the forward pass
-            return
-        if leaf.filled:
-            leaf.grad += adjoint(gradient, None)
-            return
-        if leaf.grad is None or leaf.grad.shape != self.data.shape:
-            leaf.grad = array.namespace(self.data).empty_like(self.data)
-        result = adjoint(gradient, leaf.grad)
-        if result is not leaf.grad:
-            leaf.grad[...] = result
-        leaf.filled = True
-
-    def complete(self) -> None:
-        """Call the hooks: this backward brings nothing more here."""
-        if isinstance(self.node, Leaf):
-            for (hook,) in self.node.hooks:
-                hook(self)
-
-    def _leaf(self) -> Leaf:
-        if not isinstance(self.node, Leaf):
-            raise AutogradError("only a leaf with requires_grad=True gathers a gradient")
-        return self.node
+    __hash__ = object.__hash__
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -190,6 +72,9 @@ class Tensor:
 
     # fmt: off
     def __float__(self) -> float: return float(self.data.item())
+    def __bool__(self) -> bool: return bool(self.data)
+    def __format__(self, spec: str) -> str:
+        return format(self.data.item() if self.data.ndim == 0 else self.data, spec)
     def __len__(self) -> int: return len(self.data)
     def __iter__(self) -> Iterator[Tensor]: return (self[i] for i in range(len(self)))
     def __array__(self, *_: Any, **__: Any) -> Array:
@@ -210,6 +95,8 @@ class Tensor:
     def __rpow__(self, other: Any) -> Tensor: return apply("power", other, self)
     def __matmul__(self, other: Any) -> Tensor: return apply("matmul", self, other)
     def __rmatmul__(self, other: Any) -> Tensor: return apply("matmul", other, self)
+    def __eq__(self, other: object) -> Array: return self.data == _data(other)  # type: ignore[override]
+    def __ne__(self, other: object) -> Array: return self.data != _data(other)  # type: ignore[override]
     def __lt__(self, other: Any) -> Array: return self.data < _data(other)
     def __le__(self, other: Any) -> Array: return self.data <= _data(other)
     def __gt__(self, other: Any) -> Array: return self.data > _data(other)
@@ -240,6 +127,24 @@ class Tensor:
         """Return the tensor with its axes in the order `axes`; reversed by default."""
         return apply("transpose", self, axes=_axes(axes) or None)
 
+    def swapaxes(self, first: int, second: int) -> Tensor:
+        """Return the tensor with two axes in each other's place."""
+        n = self.data.ndim
+        for axis in (first, second):
+            if not -n <= axis < n:
+                raise AutogradError(f"swapaxes of shapes {self.shape}: there is no axis {axis}")
+        axes = list(range(n))
+        axes[first], axes[second] = axes[second], axes[first]
+        return apply("transpose", self, axes=tuple(axes))
+
+    def flatten(self, start: int = 0) -> Tensor:
+        """Return the tensor with all axes from `start` on made one."""
+        return apply("reshape", self, shape=_flat(self.data.shape, start))
+
+    def argmax(self, axis: int | None = None) -> Any:
+        """Return where the largest element is, as an array of integers: it has no gradient."""
+        return self.data.argmax(axis=axis)
+
     def sum(self, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Tensor:
         """Return the sum along `axis` (all axes by default)."""
         return apply("sum", self, axis=axis, keepdims=keepdims)
@@ -266,6 +171,22 @@ class Tensor:
         """Return the smallest along `axis`; equal ones share the gradient."""
         return apply("min", self, axis=axis, keepdims=keepdims)
 
+    def relu(self) -> Tensor:
+        """Return max(x, 0)."""
+        return apply("relu", self)
+
+    def sigmoid(self) -> Tensor:
+        """Return 1 / (1 + exp(-x))."""
+        return apply("sigmoid", self)
+
+    def tanh(self) -> Tensor:
+        """Return the hyperbolic tangent of each element."""
+        return apply("tanh", self)
+
+    def softmax(self, axis: int = -1) -> Tensor:
+        """Return exp(x) over its sum along `axis`."""
+        return apply("softmax", self, axis=axis)
+
     def exp(self) -> Tensor:
         """Return e to the power of each element."""
         return apply("exp", self)
@@ -289,6 +210,10 @@ class Tensor:
 
 def _data(value: Any) -> Any:
     return value.data if isinstance(value, Tensor) else value
+
+
+def _flat(shape: tuple[int, ...], start: int) -> tuple[int, ...]:
+    return (*shape[:start], math.prod(shape[start:]))
 
 
 def _axes(given: tuple[Any, ...]) -> tuple[int, ...]:
@@ -315,28 +240,27 @@ def apply(name: str, *inputs: Any, **options: Any) -> Tensor:
 
     Raises AutogradError, with the operation and the shapes, where these do not fit.
     """
-    values, sources = [], []
-    for x in inputs:
+    values = list(inputs)
+    for i, x in enumerate(inputs):
         if isinstance(x, Tensor):
-            values.append(x.data)
-            node = x.node
-            sources.append(node if node is None or node.__class__ is Node else x)
-        else:
-            # a NumPy scalar would widen float32 arrays to float64; a Python number does not
-            values.append(x.item() if isinstance(x, generic) else x)
-            sources.append(None)
+            values[i] = x.data
+        elif isinstance(x, generic):  # it would widen float32 arrays; a Python number does not
+            values[i] = x.item()
     try:
         value, adjoints, push = OPS[name](*values, **options)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise AutogradError(f"{name} of shapes {_shapes(values)}: {error}") from error
-    result = Tensor(value if value.__class__ is ndarray else array.as_array(value))
+    result = new(Tensor)  # __init__ would check what is known
+    result.data = value if value.__class__ is ndarray else array.as_array(value)
+    result.node, result.uses = None, 0
     recording, observer = mode()
     if recording:
-        i, edges = 0, []
-        for source in sources:
-            if source is not None:
-                edges.append((source, adjoints[i]))
-            i += 1  # noqa: SIM113
+        edges = []
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor):
+                node = x.node
+                if node is not None:
+                    edges.append((node if node.__class__ is Node else x, adjoints[i]))
         if edges:
             result.node = Node(name, edges)
     return result if observer is None else observer(name, inputs, options, result, push)

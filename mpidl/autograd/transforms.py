@@ -53,15 +53,16 @@ def vjp(function: Callable[..., Tensor], *xs: Any) -> tuple[Array, Callable[[Arr
     def pull(gradient: Array) -> Any:
         if gradient.shape != value.shape:
             raise AutogradError(f"vjp: gradient of shape {gradient.shape} for {value.shape}")
+        gradient = gradient.astype(value.dtype, copy=False)
         into: dict[Any, Array | None] = dict.fromkeys(inputs)
         if isinstance(value.node, Node):
             walk(value.node, gradient, into=into)
         elif value in into:
             into[value] = gradient
         # copies: adjoints may return views, or what they were given
+        xp = array.namespace(value.data)
         found = tuple(
-            array.namespace(x.data).zeros_like(x.data) if into[x] is None else into[x] + 0  # type: ignore[operator]
-            for x in inputs
+            xp.zeros_like(x.data) if into[x] is None else xp.array(into[x]) for x in inputs
         )
         return found[0] if len(found) == 1 else found
 
@@ -122,7 +123,7 @@ def _zero(x: Any) -> Any:
 
 def _floating(x: Any) -> Array:
     """Return `x` as an array that can have a gradient: float64, unless it is one already."""
-    x = array.as_array(x)
+    x = array.as_array(x.data if isinstance(x, Tensor) else x)
     return x if x.dtype.kind == "f" else x.astype(np.float64)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     Chain = Callable[[int], Any]
 
 SIZE = 10
-NAMES = ("y a + a", "y + w", "tanh(y w)", "tanh(m @ y)", "(y - a) sum(y)")
+NAMES = ("y a + a", "y + w", "tanh(y w)", "tanh(m @ y)", "y - mean(y) + a")
 
 
 def of(rival: str) -> dict[str, Chain]:
@@ -48,6 +48,6 @@ def of(rival: str) -> dict[str, Chain]:
         (1, lambda y: y + w),
         (2, lambda y: tanh(y * w)),
         (2, lambda y: tanh(m @ y)),
-        (3, lambda y: (y - a) * y.sum()),
+        (3, lambda y: y - y.mean() + a),
     ]
     return {name: chain(*each) for name, each in zip(NAMES, steps, strict=True)}

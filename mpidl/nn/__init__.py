@@ -6,7 +6,15 @@ from mpidl.nn.attention import MultiHeadAttention, TransformerBlock
 from mpidl.nn.conv import AvgPool2d, Conv2d, MaxPool2d
 from mpidl.nn.dropout import Dropout
 from mpidl.nn.linear import Embedding, Flatten, Linear, Sequential
-from mpidl.nn.losses import accuracy, binary_cross_entropy, cross_entropy, kl, l1, mse
+from mpidl.nn.losses import (
+    accuracy,
+    binary_accuracy,
+    binary_cross_entropy,
+    cross_entropy,
+    kl,
+    l1,
+    mse,
+)
 from mpidl.nn.module import Buffer, Module, Parameter
 from mpidl.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm
 from mpidl.nn.random import seed
@@ -36,6 +44,7 @@ __all__ = [
     "Threshold",
     "TransformerBlock",
     "accuracy",
+    "binary_accuracy",
     "binary_cross_entropy",
     "cross_entropy",
     "init",

@@ -145,6 +145,11 @@ class Module:
         """Set evaluation mode here and below, and return the module."""
         return self.train(False)
 
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters. Their memory is kept for the next backward."""
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
     def to(self: M, device: str) -> M:
         """Move parameters and buffers to "cpu" or "cuda", and return the module.
 
@@ -165,10 +170,8 @@ class Module:
         for tensor in self.named_state().values():
             data = function(tensor.data)
             if data is not tensor.data:
+                tensor.drop_grad()  # of the old dtype or device
                 tensor.data = data
-                if tensor.requires_grad:  # a gradient of the old dtype or device is of no use
-                    tensor.requires_grad = False
-                    tensor.requires_grad = True
         return self
 
     def state_dict(self) -> dict[str, Array]:

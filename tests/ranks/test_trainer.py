@@ -12,6 +12,7 @@ import pytest
 
 import mpidl
 from mpidl import data, nn, optim
+from mpidl.array import to_numpy
 from mpidl.errors import BatchTooLarge, InvalidArgument, RankMismatch
 from mpidl.strategies import STRATEGIES
 from tests.ranks.test_parallel import DEVICE_OF, make_data, make_model, train_alone, weights_of
@@ -66,6 +67,42 @@ def test_metrics_of_ones_own(world: mpidl.World, rng: np.random.Generator, xp: A
     history, _, _ = fit(train, xp, metrics={"label": lambda _, y: float(y.sum()) / max(1, len(y))})
     assert history[0].metrics["label"] == pytest.approx(train.y.mean())
     assert "accuracy" not in history[0].metrics
+
+
+def test_metrics_may_be_tensors(world: mpidl.World, rng: np.random.Generator, xp: Any) -> None:
+    """Those of one element, as the losses return; in the history they are plain numbers."""
+    x, y = rng.standard_normal((23, 5)), rng.standard_normal((23, 3))
+    model = make_model("float64", 7, xp)
+    metrics = {"l1": nn.l1, "column": lambda output, y: nn.l1(output, y).reshape(1, 1)}
+    trainer = mpidl.Trainer(model, nn.mse, optim.SGD(lr=0.0), metrics=metrics, quiet=True)
+    found = trainer.evaluate(data.ArrayDataset(x, y), batch_size=7)
+    expected = np.abs(to_numpy(make_model("float64", 7)(x).data) - y).mean()
+    assert found["l1"] == pytest.approx(expected, rel=1e-12)
+    assert found["column"] == pytest.approx(expected, rel=1e-12)
+    assert {type(value) for value in found.values()} == {float}
+
+
+def test_binary_accuracy_as_metric(world: mpidl.World, rng: np.random.Generator, xp: Any) -> None:
+    x, y = rng.standard_normal((23, 5)), rng.integers(0, 2, 23)
+    nn.seed(7)
+    model = nn.Linear(5, 1).astype("float64").to(DEVICE_OF[xp.__name__])
+    expected = sum((logit > 0) == t for (logit,), t in zip(model.predict(x), y, strict=True)) / 23
+
+    def loss(logits: mpidl.Tensor, target: Any) -> mpidl.Tensor:
+        return nn.binary_cross_entropy(logits.reshape(-1), target.astype(float))
+
+    trainer = mpidl.Trainer(
+        model, loss, optim.SGD(lr=0.0), metrics={"share": nn.binary_accuracy}, quiet=True
+    )
+    found = trainer.evaluate(data.ArrayDataset(x, y), batch_size=7)
+    assert found["share"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_metric_may_not_be_called_loss(world: mpidl.World) -> None:
+    """It would take the place of the loss."""
+    metrics = {"loss" if world.rank == world.size - 1 else "l1": nn.l1}
+    with pytest.raises(InvalidArgument, match=rf'rank {world.size - 1}: metrics: "loss" is the'):
+        mpidl.Trainer(make_model("float64", 7), nn.mse, optim.SGD(lr=0.1), metrics=metrics)
 
 
 def test_run_folder(world: mpidl.World, rng: np.random.Generator, tmp_path: Path, xp: Any) -> None:

@@ -91,7 +91,10 @@ def test_a_changed_input_is_found_before_any_leaf_gets_a_gradient(
         AutogradError, match=f"backward through {name.split()[0]}: .*changed in place"
     ) as error:
         loss.backward()
-    assert str(changed.shape) in str(error.value) or name == "self_attention"
+    kept = (8, 3) if name == "matmul of many" else changed.shape  # its rows, in one matrix
+    assert (
+        str(kept if number == 0 else changed.shape) in str(error.value) or name == "self_attention"
+    )
     np.testing.assert_array_equal(leaves[-1].grad, np.zeros(leaves[-1].shape))
     assert all(leaf.grad is None for leaf in leaves[:-1])
 

@@ -181,3 +181,151 @@ def test_whole_numbers_in_an_array_that_are_to_have_a_gradient_become_float32() 
     (x * 0.5).sum().backward()
     assert x.dtype == np.float32
     np.testing.assert_array_equal(x.grad, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("wide_shape", [(4, 3), (3,), ()])
+@pytest.mark.parametrize("op", ARITHMETIC, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("left", [True, False])
+def test_a_float64_target_leaves_the_gradients_in_float32(
+    op: Callable[..., Tensor], left: bool, wide_shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """Of the leaf, and between: one wide gradient would carry its dtype down the whole graph."""
+    x = Tensor(rng.uniform(1, 2, (4, 3)).astype(np.float32), requires_grad=True)
+    wide = np.asarray(rng.uniform(1, 2, wide_shape))
+    first = x * 2.0
+    second = first.exp()
+    third = op(second, wide) if left else op(wide, second)
+    assert third.dtype == np.float64
+    seen: list[Any] = []
+    for t in (first, second):
+        spy(t, seen)
+    third.sum().backward()
+    assert seen == [np.float32, np.float32]
+    assert x.grad.dtype == np.float32
+
+
+def spy(t: Tensor, seen: list[Any]) -> None:
+    """Note the dtype of the gradient that comes to the operation that made `t`."""
+    assert t.node is not None
+    assert t.node.edges is not None
+    ((source, adjoint),) = t.node.edges
+
+    def noting(gradient: Array, out: Array | None) -> Array:
+        seen.append(gradient.dtype)
+        return adjoint(gradient, out)
+
+    t.node.edges = [(source, noting)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, t: functional.where(x > 1.5, x, t), lambda x, t: x**t, functional.maximum],
+    ids=["where", "power", "maximum"],
+)
+def test_a_float64_array_in_other_operations_leaves_float32(
+    function: Callable[..., Tensor],
+) -> None:
+    x, seen = Tensor(np.array([1.0, 2.0], np.float32), requires_grad=True), []
+    between = x * 1.0
+    spy(between, seen)
+    function(between, np.array([1.25, 1.75])).sum().backward()
+    assert seen == [np.float32]
+
+
+@pytest.mark.parametrize("given", [np.float16, np.float64, np.int64])
+def test_backward_casts_its_gradient(given: type) -> None:
+    x, seen = tensor([1.0, 2.0], requires_grad=True), []
+    y = x.exp()
+    spy(y, seen)
+    y.backward(np.array([1, 2], given))
+    assert seen == [np.float32]
+    np.testing.assert_allclose(x.grad, np.exp([1, 2]) * [1, 2], rtol=1e-6)
+
+
+ROWS = 1 << 20
+SUMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "add": ((3,), lambda b: np.zeros((ROWS, 3), np.float32) + b),
+    "subtract": ((3,), lambda b: b - np.zeros((ROWS, 3), np.float32)),
+    "multiply": ((3,), lambda b: b * np.ones((ROWS, 3), np.float32)),
+    "stretched": ((1, 3), lambda b: b + np.zeros((ROWS, 3), np.float32)),
+    "one number": ((1,), lambda b: b + np.zeros((ROWS, 1), np.float32)),
+    "linear": (
+        (3,),
+        lambda b: functional.linear(np.zeros((ROWS, 2), np.float32), np.ones((3, 2), "f"), b),
+    ),
+    "layer_norm": (
+        (3,),
+        lambda b: functional.layer_norm(np.zeros((ROWS, 3), np.float32), np.ones(3, "f"), b),
+    ),
+    "batch_norm": (
+        (3,),
+        lambda b: functional.batch_norm(
+            np.zeros((ROWS, 3), np.float32), np.ones(3, "f"), b, mean=np.zeros(3), var=np.ones(3)
+        ),
+    ),
+    "conv2d": (
+        (2,),
+        lambda b: functional.conv2d(
+            np.zeros((16, 1, 256, 256), "f"), np.ones((2, 1, 1, 1), "f"), b
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_over_many_rows_are_exact_in_float32(name: str) -> None:
+    """One by one, a million times 0.1 is off by 1 part in 100 or so."""
+    shape, function = SUMS[name]
+    bias = Tensor(np.zeros(shape, np.float32), requires_grad=True)
+    y = function(bias)
+    y.backward(np.full(y.shape, 0.1, np.float32))
+    np.testing.assert_allclose(bias.grad, np.full(shape, 0.1 * ROWS), rtol=1e-5)
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    values = x.data.astype(np.float64)
+    mean, var = values.mean(0), values.var(0)
+    y = functional.batch_norm(x, weight, bias, mean=mean, var=var, count=len(values))
+    return y + y.relu()  # so that gradients go with the values: their products add up
+
+
+def around(rng: np.random.Generator, size: float, *shape: int) -> Array:
+    """Return values of both signs, of about `size`.
+
+    In float16 a square of 300 is infinite, as is a sum of 70,000 ones.
+    """
+    return np.asarray(rng.uniform(0.9, 1.1, shape) * size * rng.choice([-1, 1], shape))
+
+
+HALF: dict[str, tuple[list[tuple[float, tuple[int, ...]]], Callable[..., Tensor]]] = {
+    "softmax": ([(0.01, (2, 70_000))], lambda x: functional.softmax(x) * 1e3),
+    "softmax along the first axis": ([(0.01, (70_000, 2))], lambda x: x.softmax(0) * 1e3),
+    "log_softmax": ([(0.01, (2, 70_000))], functional.log_softmax),
+    "cross_entropy": (
+        [(0.01, (4, 70_000))],
+        lambda x: functional.cross_entropy(x, np.array([5, 0, 69_999, 5])) * 1e3,
+    ),
+    "layer_norm": ([(300, (40, 64)), (1, (64,)), (1, (64,))], functional.layer_norm),
+    "batch_norm": ([(300, (2000, 10)), (1, (10,)), (1, (10,))], normed),
+    "attention": ([(2, (2, 3, 50, 8))] * 3, functional.attention),
+    "attention of large scores": (
+        [(200, (2, 3, 5, 8))] * 2 + [(1, (2, 3, 5, 8))],
+        functional.attention,
+    ),
+    "self_attention": ([(2, (2, 50, 48))], lambda x: functional.self_attention(x, 2)),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_float16_is_computed_in_float32_where_it_would_overflow(
+    name: str, rng: np.random.Generator
+) -> None:
+    draws, function = HALF[name]
+    narrow = [around(rng, size, *shape).astype(np.float16) for size, shape in draws]
+    weights = rng.uniform(0.5, 1.5, function(*map(Tensor, narrow)).shape)
+    found = run(function, narrow, weights)
+    expected = run(function, [a.astype(np.float64) for a in narrow], weights.astype(np.float16))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == np.float16
+        atol = 2e-3 * np.abs(b).max() + 1e-7  # the smallest float16 is 6e-8
+        np.testing.assert_allclose(a.astype(np.float64), b, rtol=0, atol=atol)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from mpidl import Tensor, functional, no_grad
 from mpidl.autograd import grad, jvp, vjp
 from mpidl.errors import AutogradError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def leaf(*shape: int, dtype: Any = np.float64) -> Tensor:
@@ -172,3 +176,122 @@ def test_a_truth_value_is_a_number() -> None:
 def test_backward_says_what_a_gradient_is(gradient: Any) -> None:
     with pytest.raises(AutogradError, match="gradient"):
         (leaf(2) * 2.0).backward(gradient)
+
+
+@pytest.mark.parametrize("x", [-15.0, -20.0, -80.0, 15.0])
+def test_sigmoid_is_exact_in_its_tails(x: float) -> None:
+    leaves = [Tensor(np.array([x], np.float32), requires_grad=True) for _ in range(2)]
+    y = leaves[0].sigmoid()
+    y.backward(np.ones(1, np.float32))
+    leaves[1].sigmoid().log().backward(np.ones(1, np.float32))
+    exact = 1 / (1 + math.exp(-x))
+    np.testing.assert_allclose(y.data, exact, rtol=1e-6)
+    np.testing.assert_allclose(leaves[0].grad, exact * (1 - exact), rtol=2e-6 if x < 0 else 0.2)
+    np.testing.assert_allclose(leaves[1].grad, 1 - exact, rtol=1e-6, atol=1e-7)
+    change = jvp(lambda t: t.sigmoid(), leaves[0].data, np.ones(1, np.float32))[1]
+    np.testing.assert_array_equal(change, leaves[0].grad)
+
+
+@pytest.mark.parametrize(("x", "target"), [(-20.0, 0.0), (-80.0, 0.0), (-20.0, 0.25), (20.0, 1.0)])
+def test_binary_cross_entropy_is_exact_in_its_tails(x: float, target: float) -> None:
+    logit = Tensor(np.array([x], np.float32), requires_grad=True)
+    loss = functional.binary_cross_entropy(logit, np.array([target], np.float32))
+    loss.backward()
+    expected = max(x, 0) - x * target + math.log1p(math.exp(-abs(x)))
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-6, atol=1e-45 if x < 0 else 1e-8)
+    np.testing.assert_allclose(
+        logit.grad, [1 / (1 + math.exp(-x)) - target], rtol=1e-6, atol=0 if x < 0 else 1e-7
+    )
+
+
+@pytest.mark.parametrize("x", [1e4, -1e4])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_binary_cross_entropy_of_large_logits(x: float, target: float) -> None:
+    logit = Tensor(np.array([x], np.float32), requires_grad=True)
+    loss = functional.binary_cross_entropy(logit, np.array([target], np.float32))
+    loss.backward()
+    assert loss.item() == (1e4 if (x > 0) != bool(target) else 0)
+    np.testing.assert_array_equal(logit.grad, [float(x > 0) - target])
+
+
+# -- where nothing passes, infinity does not either -----------------------------------------------
+
+#: each chooses what is above 0 of four numbers of the first axis, or the largest of them
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "clip": lambda x: x.clip(0.0),
+    "clip on both sides": lambda x: x.clip(0.0, 9.0),
+    "maximum": lambda x: functional.maximum(x, 0.0),
+    "maximum of an array": lambda x: functional.maximum(np.zeros((), x.dtype), x),
+    "threshold": lambda x: functional.threshold(x, 0.0, 0.0),
+}
+DTYPES = [np.float16, np.float32, np.float64]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [6, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("name", GATES)
+def test_an_infinite_gradient_does_not_pass_a_closed_gate(
+    name: str, dtype: type, size: int, channels_last: bool, rng: np.random.Generator
+) -> None:
+    """Of the square root, whose derivative at 0 is infinite; 40 x 40 takes the way in blocks."""
+    values = rng.uniform(-2, 2, (2, 2, size, size)).astype(dtype)
+    if channels_last:
+        values = values.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
+    x = Tensor(values, requires_grad=True)
+    y = functional.sqrt(GATES[name](x))
+    with np.errstate(divide="ignore"):  # nothing else is to be warned of
+        y.sum().backward()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = np.where(values > 0, 0.5 / np.sqrt(np.where(values > 0, values, 1)), 0)
+    np.testing.assert_allclose(x.grad, expected, rtol=4e-3 if dtype is np.float16 else 1e-5)
+    assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("gradient", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("name", GATES)
+def test_a_single_number_passes_no_gradient_through_a_closed_gate(
+    name: str, gradient: float
+) -> None:
+    for shape in ((), (1,), (2, 1)):
+        x = Tensor(np.full(shape, -1.0), requires_grad=True)
+        GATES[name](x).backward(np.full(shape, gradient))
+        np.testing.assert_array_equal(x.grad, np.zeros(shape))
+
+
+@pytest.mark.parametrize("gradient", [np.inf, -np.inf, np.nan])
+def test_an_open_gate_passes_what_comes(gradient: float) -> None:
+    for name in GATES:
+        x = Tensor(np.array([1.0, -1.0, 2.0]), requires_grad=True)
+        GATES[name](x).backward(np.array([gradient, gradient, 3.0]))
+        np.testing.assert_array_equal(x.grad, [gradient, 0, 3])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("gradient", [np.inf, np.nan])
+def test_an_extreme_takes_an_infinite_gradient_alone(sign: float, gradient: float) -> None:
+    x = Tensor(sign * np.array([[-1.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), requires_grad=True)
+    function = functional.max if sign > 0 else functional.min
+    function(x, 1).backward(np.array([gradient, 1.0]))
+    np.testing.assert_array_equal(x.grad, [[0, gradient, gradient], [0, 1, 0]])
+
+
+@pytest.mark.parametrize("gradient", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("stride", [2, 1])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_window_passes_an_infinite_gradient_to_one_element(
+    gradient: float, place: int, stride: int, channels_last: bool
+) -> None:
+    values = np.zeros((1, 3, 2, 2))
+    values[:, 1].flat[place] = 1
+    values[:, [0, 2], 0, 0] = 1
+    if channels_last:
+        values = values.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
+    x = Tensor(values, requires_grad=True)
+    y = functional.max_pool2d(x, 2, stride=stride)
+    y.backward(np.array([1.0, gradient, 2.0]).reshape(y.shape))
+    expected = values * np.array([1, 0, 2]).reshape(3, 1, 1)
+    expected[:, 1].flat[place] = gradient
+    np.testing.assert_array_equal(x.grad, expected)

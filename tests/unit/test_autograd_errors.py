@@ -160,6 +160,17 @@ from mpidl.errors import AutogradError, GradientMismatch
         ),
         (lambda a: functional.dropout(a((2,)), np.ones(3)), r"dropout of shapes \(2,\)"),
         (lambda a: functional.maximum(a((2,)), a((3,))), r"maximum of shapes \(2,\), \(3,\)"),
+        (lambda a: functional.dropout(a((2,)), 0.5), r"dropout .*got 0.5; nn.Dropout\(p\) draws"),
+        (lambda a: a((2, 3)).transpose(0), r"transpose of .*\(0,\): expected 2 .*swapaxes\(i, j\)"),
+        (lambda a: a((2,)).astype(int), "astype .*dtype <class 'int'>: expected a floating one"),
+        (lambda a: a((2,)).astype(np.bool_), "astype .*expected a floating one"),
+        (lambda a: a((2,)) + None, r"add of shapes \(2,\), None: unsupported operand"),
+        (lambda a: a((2,)) * "a", r"multiply of shapes \(2,\), a: "),
+        (lambda a: a((2,)) @ 2.0, r"matmul of shapes \(2,\), 2.0: "),
+        (lambda a: a((2,)).sum("a"), r"sum of shapes \(2,\): 'str'"),
+        (lambda a: a((2,)).softmax("a"), r"softmax of shapes \(2,\): "),
+        (lambda a: a((2,)).reshape("a"), r"reshape of shapes \(2,\): "),
+        (lambda a: functional.linear(a((2,)), None), r"linear of shapes \(2,\), None: "),
     ],
 )
 def test_an_error_names_the_operation_and_the_shapes(function, message: str) -> None:

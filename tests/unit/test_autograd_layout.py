@@ -190,3 +190,28 @@ def test_attention_casts_no_memory_before_it_is_written(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(np, "empty", used)
     np.testing.assert_allclose(functional.attention(q, k, v).data, v, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "getitem"])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64, np.int64])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("width", [1, 3, 700])
+def test_rows_picked_often_add_up_as_numpy_adds_them(
+    kind: str, dtype: type, order: str, width: int, rng: np.random.Generator
+) -> None:
+    """Unsorted, more than a block of them; the places in memory pass what int8 can count."""
+    table = Tensor(np.array(rng.standard_normal((300, width)), order=order), requires_grad=True)
+    rows = rng.integers(0, 100, 3000).astype(dtype)
+    rows[rng.random(3000) < 0.5] = 7
+    if kind == "getitem" and np.dtype(dtype).kind == "i":
+        rows[::5] -= 100  # counted from the end
+    y = functional.embedding(rows, table) if kind == "embedding" else table[rows]
+    np.testing.assert_array_equal(y.data, table.data[rows])
+    weights = rng.standard_normal((width, 3000)).T  # the incoming gradient is not contiguous
+    expected = np.zeros((300, width))
+    np.add.at(expected, rows.astype(int), weights)
+    for times in (1, 2):
+        (functional.embedding(rows, table) if kind == "embedding" else table[rows]).backward(
+            weights
+        )
+        np.testing.assert_array_equal(table.grad, times * expected)

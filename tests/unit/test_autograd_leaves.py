@@ -248,3 +248,56 @@ def test_what_a_tensor_shows() -> None:
     assert repr(x) == "Tensor(array([1.], dtype=float32), requires_grad=True)"
     assert repr(tensor([1.0])) == "Tensor(array([1.], dtype=float32))"
     assert x.numpy() is x.data
+
+
+def test_a_leaf_that_was_frozen_is_the_leaf_it_was() -> None:
+    """Its memory may be a bucket's and its hooks a trainer's: both outlast a freeze."""
+    w, (data, grad) = tensor([1.0, 2.0], requires_grad=True), places((2,))
+    w.bind(data, grad)
+    calls: list[Array] = []
+    remove = w.on_gradient(lambda leaf: calls.append(leaf.grad.copy()))
+    (w * 3.0).sum().backward()
+    w.requires_grad = False
+    w.requires_grad = False  # as it is
+    assert w.grad is None
+    w.requires_grad = True
+    assert w.grad is None  # forgotten, not brought back
+    (w * 5.0).sum().backward()
+    assert w.grad is grad
+    assert w.data is data
+    np.testing.assert_array_equal(grad, [5, 5])
+    np.testing.assert_array_equal(calls, [[3, 3], [5, 5]])
+    remove()
+    (w * 1.0).sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_drop_grad_forgets_the_memory_too(frozen: bool) -> None:
+    w, (data, grad) = tensor([1.0, 2.0], requires_grad=True), places((2,))
+    w.bind(data, grad)
+    calls: list[Tensor] = []
+    w.on_gradient(calls.append)
+    (w * 3.0).sum().backward()
+    w.requires_grad = not frozen
+    w.drop_grad()
+    assert w.grad is None
+    w.data, w.requires_grad = np.ones(2), True
+    (w * 5.0).sum().backward()
+    assert not np.shares_memory(w.grad, grad)
+    assert w.grad.dtype == np.float64  # as the new values are
+    np.testing.assert_array_equal(grad, [3, 3])
+    np.testing.assert_array_equal(w.grad, [5, 5])
+    assert len(calls) == 2
+    tensor([1.0]).drop_grad()  # nothing to forget
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, complex])
+def test_only_floats_can_have_a_gradient(dtype: type) -> None:
+    message = f"requires_grad of {np.dtype(dtype)}: expected a float dtype"
+    with pytest.raises(AutogradError, match=message):
+        Tensor(np.ones(2, dtype), requires_grad=True)
+    x = Tensor(np.ones(2, dtype))
+    with pytest.raises(AutogradError, match=message):
+        x.requires_grad = True
+    assert not x.requires_grad

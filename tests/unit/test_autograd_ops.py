@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -254,3 +255,57 @@ def test_einsum_is_numpys(data: st.DataObject, seed: int) -> None:
     assert result.shape == np.shape(expected)
     np.testing.assert_allclose(result.data, expected, rtol=1e-10, atol=1e-10)
     check_gradients(lambda *xs: functional.einsum(subscripts, *xs), *arrays)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 15, 16, 17, -1, -3, 3.0, 16.0, 2.5, 0.5])
+def test_a_power_is_numpys(n: float, rng: np.random.Generator) -> None:
+    """Whole powers up to 16 are products; the others are what NumPy makes."""
+    x = rng.uniform(0.7, 1.4, (3, 4)) * (rng.choice([-1, 1], (3, 4)) if n == int(n) else 1)
+    found = Tensor(x) ** n
+    np.testing.assert_allclose(found.data, x**n, rtol=1e-14)
+    assert (Tensor(x.astype(np.float32)) ** n).dtype == np.float32
+    check_gradients(lambda t: t**n, x)
+
+
+def test_the_square_root_as_a_power_of_a_negative_number_is_nan() -> None:
+    with np.errstate(invalid="ignore"):
+        assert np.isnan((Tensor(np.array([-1.0])) ** 0.5).data)
+
+
+def test_a_power_of_1_is_in_memory_of_its_own() -> None:
+    x = Tensor(np.ones(2))
+    assert not np.shares_memory((x**1).data, x.data)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ((64, 32, 128), (128,)),
+        ((2, 3, 4, 5), (5, 6)),
+        ((2, 3, 4), (4, 1)),
+        ((0, 3, 4), (4, 2)),
+        ((2, 0, 4), (4,)),
+        ((2, 3, 0), (0, 2)),
+    ],
+)
+def test_a_product_of_many_rows(
+    left: tuple[int, ...], right: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """As one matrix of all rows: values of NumPy's matmul, gradients of NumPy's einsum."""
+    arrays = rng.standard_normal(left), rng.standard_normal(right)
+    leaves = [Tensor(a, requires_grad=True) for a in (arrays[0].copy("F"), arrays[1].copy("F"))]
+    y = leaves[0] @ leaves[1]
+    np.testing.assert_allclose(y.data, arrays[0] @ arrays[1], rtol=1e-11, atol=1e-11)
+    weights = rng.standard_normal(y.shape)
+    y.backward(weights)
+    n, end = math.prod(left[:-1]), right[1:]
+    m = "m" if end else ""
+    to_x = np.einsum(f"...{m},k{m}->...k", weights, arrays[1])
+    rows = arrays[0].reshape(n, left[-1])
+    to_y = np.einsum(f"nk,n{m}->k{m}", rows, weights.reshape(n, *end))
+    for leaf, expected in zip(leaves, (to_x, to_y), strict=True):
+        np.testing.assert_allclose(leaf.grad, expected, rtol=1e-10, atol=1e-10)
+    changes = [rng.standard_normal(a.shape) for a in arrays]
+    change = jvp(lambda x, y: x @ y, arrays, tuple(changes))[1]
+    expected = changes[0] @ arrays[1] + arrays[0] @ changes[1]
+    np.testing.assert_allclose(change, expected, rtol=1e-10, atol=1e-10)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,3 +283,65 @@ def test_a_gradient_hook_can_be_removed() -> None:
     remove()
     leaf.sum().backward()
     assert calls == [1]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_hook_may_change_its_parameter_beside_another_gradient(left: bool) -> None:
+    """An optimizer in a hook: the gradient that needs the old values is computed before."""
+    w, x = (tensor([2.0, 3.0], requires_grad=True) for _ in range(2))
+    w.on_gradient(lambda leaf: leaf.data.fill(100))
+    between = x * 1.0
+    (w * between if left else between * w).sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 3])
+    np.testing.assert_array_equal(w.grad, [2, 3])
+    np.testing.assert_array_equal(w.data, [100, 100])
+
+
+def test_a_walk_waits_for_one_that_meets_the_same_leaf() -> None:
+    """Else the second would find the first one's counts of uses, and call no hook."""
+    w, calls = tensor([1.0, 2.0], requires_grad=True), []
+    w.on_gradient(calls.append)
+    inside, done = threading.Event(), threading.Event()
+    first = w * 1.0
+    assert first.node is not None
+    assert first.node.edges is not None
+    ((source, adjoint),) = first.node.edges
+
+    def slow(gradient: Any, out: Any) -> Any:
+        inside.set()
+        done.wait(0.2)  # for what must not happen before the end of this walk
+        return adjoint(gradient, out)
+
+    first.node.edges = [(source, slow)]
+    walks = [threading.Thread(target=first.sum().backward)]
+    walks.append(threading.Thread(target=lambda: ((w * 2.0).sum().backward(), done.set())))
+    walks[0].start()
+    assert inside.wait(60)
+    walks[1].start()
+    for walk in walks:
+        walk.join()
+    np.testing.assert_array_equal(w.grad, [3, 3])
+    assert calls == [w, w]
+    assert w.uses == 0
+
+
+def test_threads_add_up_the_gradients_of_a_shared_leaf() -> None:
+    rounds, w, calls = 200, tensor(np.zeros(4, np.float64), requires_grad=True), []
+    w.on_gradient(lambda _: calls.append(None))
+
+    def work(factor: float) -> None:
+        for _ in range(rounds):
+            (w * factor + w).sum().backward()
+
+    threads = [threading.Thread(target=work, args=(factor,)) for factor in (1.0, 2.0, 4.0)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    np.testing.assert_array_equal(w.grad, np.full(4, 10.0 * rounds))
+    assert len(calls) == 3 * rounds

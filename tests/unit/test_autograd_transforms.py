@@ -316,3 +316,35 @@ def test_modes_are_of_one_thread(rng: Rng) -> None:
     assert len(found) == 300
     for each in found:
         np.testing.assert_allclose(each, np.exp(x) * (1 + x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_tensor_as_an_argument(rng: Rng) -> None:
+    """Its values count; it is not changed, and gathers nothing."""
+    array = values(rng, (3,)).astype(np.float32)
+    x = Tensor(array, requires_grad=True)
+    np.testing.assert_allclose(grad(lambda t: (t * t).sum())(x), 2 * array, rtol=1e-6)
+    value, pull = vjp(lambda t, u: t * u, x, Tensor(np.array([1, 2, 3])))
+    np.testing.assert_allclose(value, array * [1, 2, 3], rtol=1e-6)
+    to_x, to_u = pull(np.ones_like(value))
+    assert (to_x.dtype, to_u.dtype) == (np.float32, np.float64)  # whole numbers become float64
+    np.testing.assert_allclose(to_u, array, rtol=1e-6)
+    np.testing.assert_array_equal(jvp(lambda t: t * 2.0, x, array)[1], 2 * array)
+    assert x.grad is None
+
+
+FUNCTIONS = [lambda t: t, lambda t: t.exp(), lambda t: t + 1.0, lambda t: t.reshape(t.shape).sum()]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(3,), (), (2, 3)])
+@pytest.mark.parametrize("given", [np.float32, np.float64])
+def test_what_is_pulled_back_is_an_array_of_the_arguments_dtype(
+    function: Any, shape: tuple[int, ...], given: type
+) -> None:
+    x = np.ones(shape, np.float32)
+    value, pull = vjp(function, x)
+    found = pull(np.ones(value.shape, given))
+    assert isinstance(found, np.ndarray)
+    assert (found.shape, found.dtype) == (shape, np.float32)
+    found[...] = 7  # it is the caller's
+    np.testing.assert_array_equal(x, np.ones(shape))

@@ -15,6 +15,7 @@ import mpidl
 PACKAGE = Path(mpidl.__file__).parent
 MAX_LINES = 350
 SECONDS_BEYOND_NUMPY = 0.05
+MEDDLING = ("PYTHONDONTWRITEBYTECODE", "COVERAGE_PROCESS")
 
 LEVELS = {
     "array": 0,
@@ -121,8 +122,8 @@ def python(code: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        # or each run might compile all of it anew
-        env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
+        # or each run might compile all of it anew, and count its lines
+        env={k: v for k, v in os.environ.items() if not k.startswith(MEDDLING)},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -148,6 +148,57 @@ def test_astype_leaves_the_frozen_frozen() -> None:
     assert layer.bias.requires_grad
 
 
+def test_a_new_dtype_keeps_hooks_and_forgets_gradients_of_the_frozen(rng: Rng) -> None:
+    layer, seen = nn.Linear(2, 3), []
+    layer.weight.on_gradient(lambda p: seen.append(p.grad.dtype))
+    x = rng.standard_normal((4, 2))
+    layer(x.astype(np.float32)).sum().backward()
+    layer.weight.requires_grad = False
+    layer.astype("float64")
+    layer.weight.requires_grad = True
+    assert layer.weight.grad is None
+    layer(x).sum().backward()
+    assert seen == [np.float32, np.float64]
+    np.testing.assert_allclose(layer.weight.grad, [x.sum(axis=0)] * 3, rtol=1e-12)
+
+
+def test_zero_grad_forgets_all_gradients(rng: Rng) -> None:
+    """Of layers below too, and of a frozen parameter: that has none."""
+    model = make_model()
+    model(pictures(rng, 2)).sum().backward()
+    memory = [p.grad for p in model.parameters()]
+    model.layers[4].bias.requires_grad = False
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    model(pictures(rng, 2)).sum().backward()
+    found = [p.grad for p in model.parameters()]
+    assert found.pop() is None
+    assert all(a is b for a, b in zip(found, memory, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("logits", "target"), [((7,), (7,)), ((7, 1), (7,)), ((7,), (7, 1)), ((7, 3), (7, 3))]
+)
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.float32])
+def test_binary_accuracy(
+    logits: tuple[int, ...], target: tuple[int, ...], dtype: Any, rng: Rng
+) -> None:
+    x, t = rng.standard_normal(logits), rng.integers(0, 2, target).astype(dtype)
+    x.flat[0] = 0  # not above 0
+    pairs = zip(x.ravel().tolist(), t.ravel().tolist(), strict=True)
+    expected = sum(bool(b) == (a > 0) for a, b in pairs) / x.size
+    found = nn.binary_accuracy(Tensor(x), t)
+    assert type(found) is float
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_binary_accuracy_of_nothing_and_of_shapes_that_do_not_fit() -> None:
+    assert nn.binary_accuracy(Tensor(np.zeros((0, 1))), np.zeros(0)) == 0
+    for logits, target in (((3, 2), (3,)), ((3,), (3, 2)), ((3, 1), (1, 3)), ((4,), (3,))):
+        with pytest.raises(InvalidArgument, match=r"binary_accuracy of logits \(\d"):
+            nn.binary_accuracy(Tensor(np.zeros(logits)), np.zeros(target))
+
+
 def test_a_copy_has_state_and_no_hooks(rng: Rng) -> None:
     model = make_model()
     model.on_output(lambda *_: pytest.fail("a copy calls the hook"))

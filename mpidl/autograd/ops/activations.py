@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mpidl.array import blocks, namespace
+import numpy as np
+
+from mpidl.array import blocks, is_array, namespace
 from mpidl.autograd.ops.erf import gauss
-from mpidl.autograd.ops.shared import in_memory_order
+from mpidl.autograd.ops.shared import gate, in_memory_order, in_single
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -21,7 +23,11 @@ def relu(x: Array) -> Result:
     """max(x, 0); its derivative at 0 is 0."""
     if x.size < SMALL:
         positive = x > 0
-        return namespace(x).maximum(x, 0), (lambda g, out: g * positive,), lambda v: v * positive
+        return (
+            namespace(x).maximum(x, 0),
+            (lambda g, out: gate(g, positive),),
+            lambda v: gate(v, positive),
+        )
     xp = namespace(x)
     y, positive = xp.empty_like(x), xp.empty_like(x, dtype=bool)
     target, where, source = in_memory_order(y, positive, x)  # what is new has no gaps
@@ -29,7 +35,7 @@ def relu(x: Array) -> Result:
         zeros = xp.zeros_like(source[part])  # maximum() with a number takes five times as long
         xp.maximum(source[part], zeros, out=target[part])
         xp.greater(target[part], zeros, out=where[part])
-    return y, (lambda g, out: g * positive,), lambda v: v * positive
+    return y, (lambda g, out: gate(g, positive),), lambda v: gate(v, positive)
 
 
 def leaky_relu(x: Array, *, slope: float) -> Result:
@@ -41,14 +47,24 @@ def leaky_relu(x: Array, *, slope: float) -> Result:
 
 def threshold(x: Array, *, threshold: float, value: float) -> Result:
     """X above `threshold`, else `value`."""
-    xp = namespace(x)
     above = x > threshold
-    return xp.where(above, x, x.dtype.type(value)), (lambda g, out: g * above,), lambda v: v * above
+    y = gate(x, above)
+    y += ~above * x.dtype.type(value)
+    return y, (lambda g, out: gate(g, above),), lambda v: gate(v, above)
+
+
+def logistic(x: Array) -> Array:
+    """Return 1 / (1 + exp(-x)), exact in both tails."""
+    xp = namespace(x)
+    with np.errstate(over="ignore"):  # 1 / inf is the 0 that it should be
+        y = xp.exp(-x)
+        y += 1
+        return xp.reciprocal(y)
 
 
 def sigmoid(x: Array) -> Result:
-    """1 / (1 + exp(-x)), through tanh, which never overflows."""
-    y = namespace(x).tanh(x * 0.5) * 0.5 + 0.5
+    """1 / (1 + exp(-x))."""
+    y = logistic(x)
     return y, (lambda g, out: g * (y - y * y),), lambda v: v * (y - y * y)
 
 
@@ -59,6 +75,7 @@ def tanh(x: Array) -> Result:
     return y, (lambda g, out: g - g * (y * y),), lambda v: v - v * (y * y)
 
 
+@in_single
 def gelu(x: Array, *, approximate: str) -> Result:
     """X times the normal distribution's Phi(x) (Hendrycks and Gimpel 2016).
 
@@ -66,10 +83,6 @@ def gelu(x: Array, *, approximate: str) -> Result:
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate={approximate!r}: expected 'none' or 'tanh'")
-    if x.dtype.itemsize < 4:  # squares overflow
-        y, (adjoint,), _ = gelu(x.astype("float32"), approximate=approximate)
-        slope = adjoint(namespace(x).ones_like(y), None).astype(x.dtype)
-        return y.astype(x.dtype), (lambda g, out: g * slope,), lambda v: v * slope
     xp = namespace(x)
     compute = _gelu if approximate == "none" else _gelu_tanh
     y, slope = xp.empty_like(x), xp.empty_like(x)
@@ -108,6 +121,7 @@ def _gelu_tanh(y: Array, slope: Array, x: Array) -> None:
     xp.multiply(x, t, out=y)
 
 
+@in_single
 def softmax(x: Array, *, axis: int) -> Result:
     """exp(x) over its sum along `axis`."""
     xp = namespace(x)
@@ -122,6 +136,7 @@ def softmax(x: Array, *, axis: int) -> Result:
     return y, (adjoint,), lambda v: adjoint(v, None)  # the Jacobian is symmetric
 
 
+@in_single
 def log_softmax(x: Array, *, axis: int) -> Result:
     """The logarithm of softmax, without its underflow."""
     xp = namespace(x)
@@ -133,4 +148,6 @@ def log_softmax(x: Array, *, axis: int) -> Result:
 
 def dropout(x: Array, *, mask: Array) -> Result:
     """X times a mask that is 0 or 1/(1-p) (Srivastava et al. 2014, section 10: inverted)."""
+    if not is_array(mask):
+        raise ValueError(f"expected a mask as an array, got {mask!r}; nn.Dropout(p) draws one")
     return x * mask, (lambda g, out: g * mask,), lambda v: v * mask

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpidl.array import is_device, namespace
+from mpidl.autograd.ops.shared import in_single
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
     Three = tuple[Array, Array, Array]
 
-BLOCK_BYTES = 1 << 19  # of scores: half of a core's L2 cache
+BLOCK_BYTES = 1 << 19  # of scores: half of a core's L2 cache, where matrices are that small
 
 
+@in_single
 def attention(
     q: Array,
     k: Array,
@@ -44,13 +46,13 @@ def attention(
     kernel = Kernel.of(q, k, mask, causal, scale)
     same = v.shape[-1] == q.shape[-1]  # then it lies as q does: heads side by side
     y = xp.empty_like(q) if same else xp.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    p = kernel.forward(q, k, v, drop, y)
+    logs = kernel.forward(q, k, v, drop, y)
     once: dict[int, Array] = {}  # the three gradients come from one pass
 
     def backward(g: Array, which: int) -> Array:
         if which not in once:
             into = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
-            kernel.backward(g, q, k, v, p, drop, into)
+            kernel.backward(g, q, k, v, logs, drop, into)
             once.update(enumerate(into))
         return once.pop(which)  # asked for again, it is for another g
 
@@ -59,9 +61,10 @@ def attention(
         lambda g, out: backward(g, 1),
         lambda g, out: backward(g, 2),
     )
-    return y, adjoints, lambda vq, vk, vv: kernel.push(q, k, v, p, drop, (vq, vk, vv))
+    return y, adjoints, lambda vq, vk, vv: kernel.push(q, k, v, logs, drop, (vq, vk, vv))
 
 
+@in_single
 def self_attention(
     qkv: Array,
     *,
@@ -91,15 +94,15 @@ def self_attention(
     q, k, v = parts(qkv)
     kernel = Kernel.of(q, k, mask, causal, None)
     y = xp.empty((n, length, width), qkv.dtype)
-    p = kernel.forward(q, k, v, drop, merged(y))
+    logs = kernel.forward(q, k, v, drop, merged(y))
 
     def adjoint(g: Array, out: Array | None) -> Array:
         back = xp.empty((n, length, 3 * width), g.dtype)
-        kernel.backward(merged(g), q, k, v, p, drop, tuple(parts(back)))
+        kernel.backward(merged(g), q, k, v, logs, drop, tuple(parts(back)))
         return back
 
     def push(tangent: Array) -> Array:
-        moved = kernel.push(q, k, v, p, drop, tuple(parts(tangent)))
+        moved = kernel.push(q, k, v, logs, drop, tuple(parts(tangent)))
         return moved.transpose(0, 2, 1, 3).reshape(n, length, width)
 
     return y, (adjoint,), push
@@ -133,76 +136,94 @@ class Kernel:
         return cls(xp, factor, hidden)
 
     def forward(self, q: Array, k: Array, v: Array, drop: Array | None, y: Array) -> Array:
-        """Write the result into `y`, and return the probabilities (..., m, n)."""
+        """Write the result into `y`, and return the logarithms of the sums (..., 1, n).
+
+        Probabilities are made again from these where they are needed: kept, they would take the
+        square of the length.
+        """
         xp = self.xp
-        p = xp.empty((*q.shape[:-2], k.shape[-2], q.shape[-2]), q.dtype)
-        drop = self._turned(drop, p)
-        for i in _blocks(p):
-            scores = xp.matmul(k[i], (q[i] * self.factor).swapaxes(-1, -2), out=p[i])
+        drop = self._turned(drop, q, k)
+        logs = xp.empty((*q.shape[:-2], 1, q.shape[-2]), q.dtype)
+        for i in self._blocks(q, k):
+            scores = self._scores(q, k, i)
+            top = scores.max(axis=-2, keepdims=True) if scores.size else 0
             if self.hidden is not None:
-                xp.copyto(scores, -xp.inf, where=self.hidden[i])
-            if scores.size:
-                top = scores.max(axis=-2, keepdims=True)
-                scores -= top if self.hidden is None else xp.where(xp.isinf(top), 0, top)
+                top = xp.where(xp.isinf(top), 0, top)  # of a query that may look at nothing
+            scores -= top
             xp.exp(scores, out=scores)
             sums = scores.sum(axis=-2, keepdims=True)
             if self.hidden is not None:
                 sums += sums == 0
+            logs[i] = xp.log(sums) + top
             scores /= sums
-            y[i] = xp.matmul(self._dropped(scores, drop, i).swapaxes(-1, -2), v[i])
-        return p
+            y[i] = xp.matmul(_dropped(scores, drop, i).swapaxes(-1, -2), v[i])
+        return logs
 
     def backward(
-        self, g: Array, q: Array, k: Array, v: Array, p: Array, drop: Array | None, into: Three
+        self, g: Array, q: Array, k: Array, v: Array, logs: Array, drop: Array | None, into: Three
     ) -> None:
         """Write the gradients of q, k and v into the arrays `into`."""
         xp = self.xp
-        drop = self._turned(drop, p)
+        drop = self._turned(drop, q, k)
         dq, dk, dv = into
-        for i in _blocks(p):
-            dv[i] = xp.matmul(self._dropped(p[i], drop, i), g[i])
+        for i in self._blocks(q, k):
+            p = self._probabilities(q, k, logs, i)
+            dv[i] = xp.matmul(_dropped(p, drop, i), g[i])
             ds = xp.matmul(v[i], g[i].swapaxes(-1, -2))
-            ds = self._through_softmax(self._dropped(ds, drop, i), p[i])
+            ds = _through_softmax(_dropped(ds, drop, i), p)
             ds *= self.factor
             dq[i] = xp.matmul(ds.swapaxes(-1, -2), k[i])
             dk[i] = xp.matmul(ds, q[i])
 
     def push(
-        self, q: Array, k: Array, v: Array, p: Array, drop: Array | None, moved: Three
+        self, q: Array, k: Array, v: Array, logs: Array, drop: Array | None, moved: Three
     ) -> Array:
         """Return the change of the result for changes `moved` of q, k and v."""
-        xp, everything = self.xp, (Ellipsis,)
-        drop = self._turned(drop, p)
+        xp, whole = self.xp, (Ellipsis,)
+        drop = self._turned(drop, q, k)
         vq, vk, vv = moved
+        p = self._probabilities(q, k, logs, whole)
         ds = xp.matmul(k, vq.swapaxes(-1, -2)) + xp.matmul(vk, q.swapaxes(-1, -2))
-        dp = self._dropped(self._through_softmax(ds * self.factor, p), drop, everything)
-        seen = self._dropped(p, drop, everything)
+        dp = _dropped(_through_softmax(ds * self.factor, p), drop, whole)
+        seen = _dropped(p, drop, whole)
         return xp.matmul(dp.swapaxes(-1, -2), v) + xp.matmul(seen.swapaxes(-1, -2), vv)
 
-    def _turned(self, drop: Array | None, p: Array) -> Array | None:
-        """Return `drop`, broadcast to (..., n, m), in the shape (..., m, n) of `p`."""
+    def _scores(self, q: Array, k: Array, i: tuple[Any, ...]) -> Array:
+        """Return block `i` of k q^T, (..., m, n), with -inf where a query may not look."""
+        scores = self.xp.matmul(k[i], (q[i] * self.factor).swapaxes(-1, -2))
+        if self.hidden is not None:
+            self.xp.copyto(scores, -self.xp.inf, where=self.hidden[i])
+        return scores
+
+    def _probabilities(self, q: Array, k: Array, logs: Array, i: tuple[Any, ...]) -> Array:
+        p = self._scores(q, k, i)
+        p -= logs[i]
+        return self.xp.exp(p, out=p)
+
+    def _turned(self, drop: Array | None, q: Array, k: Array) -> Array | None:
+        """Return `drop`, broadcast to (..., n, m), as (..., m, n)."""
         if drop is None:
             return None
-        shape = (*p.shape[:-2], p.shape[-1], p.shape[-2])
-        return self.xp.broadcast_to(drop, shape).swapaxes(-1, -2)
+        return self.xp.broadcast_to(drop, (*q.shape[:-1], k.shape[-2])).swapaxes(-1, -2)
 
     @staticmethod
-    def _dropped(p: Array, drop: Array | None, i: tuple[Any, ...]) -> Array:
-        return p if drop is None else p * drop[i]
+    def _blocks(q: Array, k: Array) -> Iterator[tuple[Any, ...]]:
+        """Cut the first axis, a few matrices at a time; a GPU needs no cutting."""
+        if q.ndim == 2 or is_device(q) or not q.size:
+            yield (Ellipsis,)
+            return
+        scores = q[0].size // q.shape[-1] * k.shape[-2] * q.itemsize
+        step = max(1, BLOCK_BYTES // max(1, scores))
+        for start in range(0, len(q), step):
+            yield (slice(start, start + step),)
 
-    @staticmethod
-    def _through_softmax(ds: Array, p: Array) -> Array:
-        """p (ds - sum(p ds)), in place: the Jacobian of softmax, which is symmetric."""
-        ds *= p
-        ds -= p * ds.sum(axis=-2, keepdims=True)
-        return ds
+
+def _dropped(p: Array, drop: Array | None, i: tuple[Any, ...]) -> Array:
+    return p if drop is None else p * drop[i]
 
 
-def _blocks(p: Array) -> Iterator[tuple[Any, ...]]:
-    """Cut the first axis so that a block of `p` stays in cache; a GPU needs no cutting."""
-    if p.ndim == 2 or is_device(p) or not p.size:
-        yield (Ellipsis,)
-        return
-    step = max(1, BLOCK_BYTES // p[0].nbytes)
-    for start in range(0, len(p), step):
-        yield (slice(start, start + step),)
+def _through_softmax(ds: Array, p: Array) -> Array:
+    """p (ds - sum(p ds)), in place: the Jacobian of softmax, which is symmetric."""
+    ds *= p
+    ds -= p * ds.sum(axis=-2, keepdims=True)
+    return ds

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpidl.array import is_device, namespace
+from mpidl.autograd.ops.shared import sum_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +35,9 @@ def to_weight(g: Array, x: Array, windows: Windows) -> Array:
     back = xp.zeros((*windows.kernel, c), x.dtype)
     for samples, taps in _shifts(x, windows):
         product = xp.empty_like(g[samples])
-        ones = xp.ones(product.size // max(1, c), x.dtype)
         for (i, j), part in taps:
             xp.multiply(part, g[samples], out=product)
-            back[i, j] += ones @ product.reshape(-1, c)
+            back[i, j] += sum_rows(product.reshape(-1, c))
     return back.transpose(2, 0, 1)[:, None]
 
 

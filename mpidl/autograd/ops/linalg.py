@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mpidl.array import namespace
-from mpidl.autograd.ops.shared import fit
+from mpidl.autograd.ops.shared import fit, sum_rows
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -27,6 +27,8 @@ def matmul(x: Array, y: Array) -> Result:
     if x.ndim == 2 and y.ndim == 1:
         adjoints = lambda g, out: g[:, None] * y, lambda g, out: g @ x
         return x @ y, adjoints, lambda vx, vy: vx @ y + x @ vy
+    if x.ndim > 2 and y.ndim <= 2:  # one product of all rows
+        return _of_rows(x, y)
     xp, sx, sy = namespace(x), x.shape, y.shape
     rows = x[None, :] if x.ndim == 1 else x
     columns = y[:, None] if y.ndim == 1 else y
@@ -47,6 +49,22 @@ def matmul(x: Array, y: Array) -> Result:
         return fit(back, s_columns).reshape(sy)
 
     return value, (to_x, to_y), lambda vx, vy: xp.matmul(vx, y) + xp.matmul(x, vy)
+
+
+def _of_rows(x: Array, y: Array) -> Result:
+    shape = x.shape
+    ends = (*shape[:-1], *y.shape[1:])
+    value, (to_rows, to_y), push = matmul(x.reshape(math.prod(shape[:-1]), shape[-1]), y)
+    flat = value.shape
+
+    def push_rows(vx: Array, vy: Array) -> Array:
+        return push(vx.reshape(math.prod(shape[:-1]), shape[-1]), vy).reshape(ends)
+
+    adjoints = (
+        lambda g, out: to_rows(g.reshape(flat), None).reshape(shape),
+        lambda g, out: to_y(g.reshape(flat), out),
+    )
+    return value.reshape(ends), adjoints, push_rows
 
 
 def _product(x: Array, y: Array) -> Result:
@@ -81,9 +99,16 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Result:
     adjoints = (
         to_x,
         lambda g, out: xp.matmul(g.reshape(n, outputs).T, rows, out=out),
-        lambda g, out: xp.sum(g.reshape(n, outputs), axis=0, out=out),
+        lambda g, out: _into(sum_rows(g.reshape(n, outputs)), out),
     )
     return y.reshape(*shape[:-1], outputs), adjoints[: 2 if bias is None else 3], push
+
+
+def _into(value: Array, out: Array | None) -> Array:
+    if out is None:
+        return value
+    out[...] = value
+    return out
 
 
 def einsum(*xs: Array, subscripts: str) -> Result:

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl.array import is_array, namespace
-from mpidl.autograd.ops.shared import scaled_sum
+from mpidl.autograd.ops.activations import logistic
+from mpidl.autograd.ops.shared import in_single, scaled_sum
 
 if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.autograd.ops.shared import Result
 
 
+@in_single
 def cross_entropy(logits: Array, *, labels: Array, smoothing: float = 0.0) -> Result:
     """Mean over n samples of -sum(target log softmax(logits (n, classes))); 0 for n = 0.
 
@@ -81,6 +83,7 @@ def l1(x: Array, *, target: Array, reduction: str = "mean") -> Result:
     )
 
 
+@in_single
 def binary_cross_entropy(x: Array, *, target: Array, reduction: str = "mean") -> Result:
     """Mean, or sum, of -t log s - (1 - t) log(1 - s) with s = sigmoid(x), and t in 0..1.
 
@@ -92,7 +95,7 @@ def binary_cross_entropy(x: Array, *, target: Array, reduction: str = "mean") ->
     losses = xp.log1p(xp.exp(-xp.abs(x)))
     losses += xp.maximum(x, 0)
     losses -= x * target
-    slope = xp.tanh(x * 0.5) * 0.5 + 0.5 - target
+    slope = logistic(x) - target
     return (
         scaled_sum(losses, scale),
         (lambda g, out: slope * (g * scale),),
@@ -100,6 +103,7 @@ def binary_cross_entropy(x: Array, *, target: Array, reduction: str = "mean") ->
     )
 
 
+@in_single
 def kl(x: Array, *, target: Array) -> Result:
     """Mean over n rows of sum(t (log t - x)): of probabilities t from log-probabilities x (n, ...).
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mpidl.array import CACHE_BLOCK_BYTES, is_device, namespace
+from mpidl.array import namespace
+from mpidl.autograd.ops.shared import fit, in_single, row_blocks, sum_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from mpidl.array import Array
     from mpidl.autograd.ops.shared import Result
 
 
+@in_single
 def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float) -> Result:
     """(x - mean) / sqrt(var + eps) weight + bias over the last axis (Ba et al. 2016).
 
@@ -40,8 +42,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float) -> Result:
 
     adjoints = (
         lambda g, out: centre(g.reshape(-1, width) * weight).reshape(shape),
-        lambda g, out: (g.reshape(-1, width) * normal).sum(axis=0),
-        lambda g, out: xp.sum(g.reshape(-1, width), axis=0, out=out),
+        lambda g, out: sum_rows(g.reshape(-1, width) * normal),
+        lambda g, out: fit(g, (width,)),
     )
 
     def push(vx: Any, vw: Any, vb: Any) -> Array:
@@ -50,6 +52,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float) -> Result:
     return y.reshape(shape), adjoints, push
 
 
+@in_single
 def batch_norm(
     x: Array,
     weight: Array,
@@ -83,18 +86,17 @@ def batch_norm(
         """Return the sums over `v` (rows, channels) and over v times the normalised x."""
         plain, other = xp.zeros(channels, dtype), xp.zeros(channels, dtype)
         for part in row_blocks(v):
-            ones = xp.ones(len(v[part]), dtype)
             moved = rows[part] - mean
             moved *= v[part]
-            plain += ones @ v[part]  # a product with ones runs at memory speed
-            other += ones @ moved
+            plain += sum_rows(v[part])
+            other += sum_rows(moved)
         return plain, other * inverse
 
-    def centre(v: Array) -> Array:
+    def centre(v: Array, known: tuple[Array, Array] | None = None) -> Array:
         """Return slope (v - mean(v) - normal mean(v normal)), the means over the statistics'."""
         if count is None:
             return v * slope
-        both = xp.concatenate(sums(v))
+        both = xp.concatenate(known or sums(v))
         # with total: the derivative of the loss of all, in units of this rank's weight in it
         both = (
             both / count if total is None else total(both * len(rows)) / (count * max(1, len(rows)))
@@ -116,10 +118,19 @@ def batch_norm(
         y[part] *= slope
         y[part] += bias
 
+    once: dict[str, Any] = {}  # the three gradients come from the same sums
+
+    def of(g: Array, which: str) -> Any:
+        if which not in once:
+            v = rows_of(g)
+            plain, other = sums(v)
+            once.update(x=(v, (plain, other)), weight=other, bias=plain)
+        return once.pop(which)  # asked for again, it is for another g
+
     adjoints = (
-        lambda g, out: like_x(centre(rows_of(g))),
-        lambda g, out: sums(rows_of(g))[1],
-        lambda g, out: sums(rows_of(g))[0],
+        lambda g, out: like_x(centre(*of(g, "x"))),
+        lambda g, out: of(g, "weight"),
+        lambda g, out: of(g, "bias"),
     )
 
     def push(vx: Array, vw: Any, vb: Any) -> Array:
@@ -132,11 +143,3 @@ def rows_of(x: Array) -> Array:
     """(n, channels, ...) -> (rows, channels), contiguous: a view, where x lies channels last."""
     xp = namespace(x)
     return xp.ascontiguousarray(xp.moveaxis(x, 1, -1)).reshape(-1, x.shape[1])
-
-
-def row_blocks(rows: Array) -> Iterator[slice]:
-    """Cut (rows, channels) so that a few blocks stay in cache; a GPU needs no cutting."""
-    limit = len(rows) if is_device(rows) else CACHE_BLOCK_BYTES // max(1, rows[:1].nbytes)
-    step = max(1, limit)
-    for start in range(0, len(rows), step):
-        yield slice(start, start + step)

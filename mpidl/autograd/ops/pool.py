@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpidl.array import namespace
-from mpidl.autograd.ops.shared import channels_last
+from mpidl.autograd.ops.shared import channels_last, gate
 from mpidl.autograd.ops.windows import pair
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def _back_along(
     if not exact:
         back[...] = 0
     for key, won in zip(keys[:0:-1], reversed(better), strict=True):
-        part = g * won
-        g = g - part  # what is left for the places before
+        part = gate(g, won)
+        g = gate(g, ~won)  # what is left for the places before
         back[key] = part if exact else back[key] + part
     back[keys[0]] = g if exact else back[keys[0]] + g
     return back

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from operator import index
 from typing import TYPE_CHECKING
 
 from mpidl.array import namespace
-from mpidl.autograd.ops.shared import scaled_sum, total
+from mpidl.autograd.ops.shared import gate, scaled_sum, total
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -31,7 +32,9 @@ def _spread(g: Array, shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Arr
 
 
 def _count(shape: tuple[int, ...], axis: Axis) -> int:
-    axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    if axis is None:
+        return math.prod(shape)
+    axes = axis if isinstance(axis, tuple) else (index(axis),)
     return math.prod(shape[a] for a in axes)
 
 
@@ -81,11 +84,15 @@ def smallest(x: Array, *, axis: Axis, keepdims: bool) -> Result:
 
 
 def _extreme(x: Array, y: Array, axis: Axis, keepdims: bool) -> Result:
-    shape = x.shape
-    chosen = (x == y).astype(x.dtype)
-    chosen /= chosen.sum(axis=axis, keepdims=True)
+    xp, shape = namespace(x), x.shape
+    chosen = x == y
+    share = 1 / xp.maximum(chosen.sum(axis=axis, keepdims=True), 1).astype(x.dtype)
+
+    def adjoint(g: Array, out: Array | None) -> Array:
+        return gate(_spread(g, shape, axis, keepdims) * share, chosen)
+
     return (
         y if keepdims else y.squeeze(axis),
-        (lambda g, out: chosen * _spread(g, shape, axis, keepdims),),
-        lambda v: (chosen * v).sum(axis=axis, keepdims=keepdims),
+        (adjoint,),
+        lambda v: (gate(v, chosen) * share).sum(axis=axis, keepdims=keepdims),
     )

@@ -26,6 +26,8 @@ def transpose(x: Array, *, axes: tuple[int, ...] | None) -> Result:
     """Axes in another order; reversed by default."""
     if axes is None:
         return x.T, (lambda g, out: g.T,), lambda v: v.T
+    if len(axes) != x.ndim:
+        raise ValueError(f"axes={axes}: expected {x.ndim} of them; swapaxes(i, j) swaps two")
     back = tuple(sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim))
     adjoints = (lambda g, out: g.transpose(back),)
     return x.transpose(axes), adjoints, lambda v: v.transpose(axes)

@@ -83,7 +83,7 @@ def _reading(path: Path, expected: str) -> Iterator[None]:
     try:
         with reading(path, expected):
             yield
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}; expected {expected}") from error
 
 

@@ -3,7 +3,7 @@
 mpidl run -n 2 examples/digits_gan.py --out RUN
 
 Two models in one loop, each with a `DataParallel` of its own (Goodfellow et al. 2014). A judge that
-was taught with real digits tells how many of the drawn ones it reads without doubt. Expect 76 % to
+was taught with real digits tells how many of the drawn ones it reads without doubt. Expect 75 % to
 80 %, and of real ones 93 %, after 8 s on 2 ranks. With --out 100 of them are in RUN/digits.pgm.
 """
 

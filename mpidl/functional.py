@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mpidl.autograd.tensor import Tensor, apply
+from mpidl.autograd.tensor import Tensor, apply, array_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     X: TypeAlias = Tensor | Array
     Pair: TypeAlias = int | tuple[int, int]
     Axis: TypeAlias = int | tuple[int, ...] | None
-
-
-def _array(value: Any) -> Any:
-    return value.data if isinstance(value, Tensor) else value
 
 
 # -- single elements ------------------------------------------------------------------------------
@@ -75,7 +71,7 @@ def minimum(x: X, y: X | float) -> Tensor:
 
 def where(condition: X, x: X | float, y: X | float) -> Tensor:
     """Return x where `condition` (bool) holds and y elsewhere, all three broadcast."""
-    return apply("where", x, y, condition=_array(condition))
+    return apply("where", x, y, condition=array_of(condition))
 
 
 # -- activations ----------------------------------------------------------------------------------
@@ -204,7 +200,7 @@ def linear(x: X, weight: X, bias: X | None = None) -> Tensor:
 
 def embedding(indices: X, weight: X) -> Tensor:
     """Return weight[indices]: rows of weight (count, width) by integers (...): (..., width)."""
-    return apply("embedding", weight, indices=_array(indices))
+    return apply("embedding", weight, indices=array_of(indices))
 
 
 def attention(
@@ -308,17 +304,17 @@ def cross_entropy(logits: X, labels: X, *, smoothing: float = 0.0) -> Tensor:
 
     `smoothing` spreads that share of each label evenly over all classes (Szegedy et al. 2016).
     """
-    return apply("cross_entropy", logits, labels=_array(labels), smoothing=smoothing)
+    return apply("cross_entropy", logits, labels=array_of(labels), smoothing=smoothing)
 
 
 def mse(x: X, target: X, *, reduction: str = "mean") -> Tensor:
     """Return the mean, or sum, of squared errors of two arrays of the same shape; 0 if empty."""
-    return apply("mse", x, target=_array(target), reduction=reduction)
+    return apply("mse", x, target=array_of(target), reduction=reduction)
 
 
 def l1(x: X, target: X, *, reduction: str = "mean") -> Tensor:
     """Return the mean, or sum, of absolute errors of two arrays of the same shape; 0 if empty."""
-    return apply("l1", x, target=_array(target), reduction=reduction)
+    return apply("l1", x, target=array_of(target), reduction=reduction)
 
 
 def binary_cross_entropy(logits: X, target: X, *, reduction: str = "mean") -> Tensor:
@@ -326,7 +322,7 @@ def binary_cross_entropy(logits: X, target: X, *, reduction: str = "mean") -> Te
 
     Both of the same shape; 0 if empty. Stable for logits of any size.
     """
-    return apply("binary_cross_entropy", logits, target=_array(target), reduction=reduction)
+    return apply("binary_cross_entropy", logits, target=array_of(target), reduction=reduction)
 
 
 def kl(log_probabilities: X, target: X) -> Tensor:
@@ -334,4 +330,4 @@ def kl(log_probabilities: X, target: X) -> Tensor:
 
     sum(t (log t - x)) for each of the n; 0 if n = 0 (Kullback and Leibler 1951).
     """
-    return apply("kl", log_probabilities, target=_array(target))
+    return apply("kl", log_probabilities, target=array_of(target))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,9 +81,7 @@ class DataParallel:
             clip = Clip(clip_value, clip_norm)
             if accumulate != int(accumulate) or accumulate < 1:
                 raise InvalidArgument(f"accumulate={accumulate}: expected a whole number from 1 on")
-            patterns = optimizer if isinstance(optimizer, Mapping) else ()
-            known = (n for n in self._frozen if any(fnmatchcase(n, p) for p in patterns))
-            optimizers, group_of = assign(optimizer, [*self.parameters, *known])
+            optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         for option in (
             f"bucket_bytes={bucket_bytes}",
             f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",

@@ -142,7 +142,7 @@ class Trainer:
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
         steps = sum(map(len, ahead))
-        first = batches(0)
+        first = ahead[0] if ahead else batches(0)
         samples = len(first.dataset)
         if not callable(batch_size):
             batch_size = first.batch_size

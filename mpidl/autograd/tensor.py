@@ -95,17 +95,17 @@ class Tensor(Variable):
     def __rpow__(self, other: Any) -> Tensor: return apply("power", other, self)
     def __matmul__(self, other: Any) -> Tensor: return apply("matmul", self, other)
     def __rmatmul__(self, other: Any) -> Tensor: return apply("matmul", other, self)
-    def __eq__(self, other: object) -> Array: return self.data == _data(other)  # type: ignore[override]
-    def __ne__(self, other: object) -> Array: return self.data != _data(other)  # type: ignore[override]
-    def __lt__(self, other: Any) -> Array: return self.data < _data(other)
-    def __le__(self, other: Any) -> Array: return self.data <= _data(other)
-    def __gt__(self, other: Any) -> Array: return self.data > _data(other)
-    def __ge__(self, other: Any) -> Array: return self.data >= _data(other)
+    def __eq__(self, other: object) -> Array: return self.data == array_of(other)  # type: ignore[override]
+    def __ne__(self, other: object) -> Array: return self.data != array_of(other)  # type: ignore[override]
+    def __lt__(self, other: Any) -> Array: return self.data < array_of(other)
+    def __le__(self, other: Any) -> Array: return self.data <= array_of(other)
+    def __gt__(self, other: Any) -> Array: return self.data > array_of(other)
+    def __ge__(self, other: Any) -> Array: return self.data >= array_of(other)
     # fmt: on
 
     def __getitem__(self, key: Any) -> Tensor:
         """Return the part that NumPy's indexing gives: numbers, slices, arrays, boolean masks."""
-        plain = tuple(map(_data, key)) if isinstance(key, tuple) else _data(key)
+        plain = tuple(map(array_of, key)) if isinstance(key, tuple) else array_of(key)
         return apply("getitem", self, key=plain)
 
     def astype(self, dtype: Any) -> Tensor:
@@ -208,7 +208,8 @@ class Tensor(Variable):
         return apply("clip", self, low=low, high=high)
 
 
-def _data(value: Any) -> Any:
+def array_of(value: Any) -> Any:
+    """Return the array of a tensor, and all else as it is."""
     return value.data if isinstance(value, Tensor) else value
 
 
@@ -225,7 +226,7 @@ def tensor(data: Any, *, requires_grad: bool = False, dtype: Any = None) -> Tens
 
     Python floats become float32, as does what is to have a gradient and is of whole numbers.
     """
-    data = _data(data)
+    data = array_of(data)
     given = array.is_array(data)
     data = data if given else np.asarray(data)
     if dtype is None and (

@@ -10,7 +10,7 @@ import numpy as np
 from mpidl import array
 from mpidl.autograd.modes import no_grad, observed, recorded
 from mpidl.autograd.tape import Node, walk
-from mpidl.autograd.tensor import Tensor
+from mpidl.autograd.tensor import Tensor, array_of
 from mpidl.errors import AutogradError
 
 if TYPE_CHECKING:
@@ -117,13 +117,13 @@ def _change(x: Any, of: object) -> Array | None:
 
 
 def _zero(x: Any) -> Any:
-    x = x.data if isinstance(x, Tensor) else x
+    x = array_of(x)
     return array.namespace(x).zeros_like(x) if array.is_array(x) else 0.0
 
 
 def _floating(x: Any) -> Array:
     """Return `x` as an array that can have a gradient: float64, unless it is one already."""
-    x = array.as_array(x.data if isinstance(x, Tensor) else x)
+    x = array.as_array(array_of(x))
     return x if x.dtype.kind == "f" else x.astype(np.float64)
 
 

@@ -8,13 +8,14 @@ import numpy as np
 
 from mpidl import functional
 from mpidl.array import namespace
-from mpidl.autograd import Tensor
+from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 from mpidl.nn.module import Module
 from mpidl.nn.random import generator
 
 if TYPE_CHECKING:
     from mpidl.array import Array
+    from mpidl.autograd import Tensor
 
 
 def check_rate(p: float, who: str) -> None:
@@ -25,7 +26,7 @@ def check_rate(p: float, who: str) -> None:
 
 def draw_mask(shape: tuple[int, ...], p: float, like: Tensor | Array) -> Array:
     """Return 0 with probability `p` and 1/(1-p) elsewhere, where `like` is, in its dtype."""
-    array = like.data if isinstance(like, Tensor) else like
+    array = array_of(like)
     draws = generator(namespace(array)).random(shape, dtype=np.float32)
     mask: Array = (draws >= p).astype(array.dtype)
     mask *= 1 / (1 - p)

@@ -9,14 +9,17 @@ raise InvalidArgument for fewer than two axes. `nn.seed` makes all of it reprodu
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from mpidl.array import Array, namespace
-from mpidl.autograd import Tensor
+from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 from mpidl.nn.random import weights
+
+if TYPE_CHECKING:
+    from mpidl.autograd import Tensor
 
 T = TypeVar("T", bound="Tensor | Array")
 
@@ -114,6 +117,6 @@ def _he(shape: tuple[int, ...], mode: str, slope: float) -> float:
 
 
 def _fill(weight: T, values: Array) -> T:
-    data = weight.data if isinstance(weight, Tensor) else weight
+    data = array_of(weight)
     data[...] = namespace(data).asarray(values.astype(data.dtype))
     return weight

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpidl import functional, world
 from mpidl.array import is_device, namespace, to_numpy
-from mpidl.autograd import Tensor
+from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 from mpidl.nn import init
 from mpidl.nn.linear import fresh
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpidl.array import Array
+    from mpidl.autograd import Tensor
 
     Total = Callable[[Array], Array]
 
@@ -71,7 +72,7 @@ class BatchNorm1d(Module):
                 x, self.weight, self.bias, mean=mean, var=var, eps=self.eps
             )
         total = _total_over_ranks if self.sync and world.current().size > 1 else None
-        count, mean, var = moments(x.data if isinstance(x, Tensor) else x, total)
+        count, mean, var = moments(array_of(x), total)
         if count > 1:
             self._move(self.running_mean, mean)
             self._move(self.running_var, var * (count / (count - 1)))

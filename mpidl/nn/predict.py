@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mpidl.array import is_array, is_device, to_device, to_numpy
-from mpidl.autograd import Tensor, no_grad
+from mpidl.autograd import no_grad
+from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def predict(module: Module, x: Inputs, batch_size: int) -> Array:
     with evaluating(module):
         for start in range(0, max(1, len(x)), batch_size):  # of no samples, one empty batch
             output: Any = module(like(module, _take(x, start, min(start + batch_size, len(x)))))
-            outputs.append(to_numpy(output.data if isinstance(output, Tensor) else output))
+            outputs.append(to_numpy(array_of(output)))
     return np.concatenate(outputs)
 
 
@@ -60,8 +61,7 @@ def like(module: Module, x: Array) -> Array:
 
 
 def _take(x: Any, start: int, stop: int) -> Array:
-    if isinstance(x, Tensor):
-        x = x.data
+    x = array_of(x)
     if is_array(x) or not hasattr(x, "take"):
         return x[start:stop] if is_array(x) else np.asarray(x[start:stop])
     return x.take(np.arange(start, stop))[0]

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mpidl.array import is_array, is_device, to_numpy
-from mpidl.autograd import Tensor
+from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 from mpidl.onnx.runs import FromInput, lengths
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from mpidl.array import Array
+    from mpidl.autograd import Tensor
     from mpidl.onnx.runs import Length, Seen
 
 INT64 = np.dtype(np.int64)
@@ -63,7 +64,7 @@ class Graph:
 
     def know(self, seen: Seen, name: str) -> None:
         """Remember that the arrays or tensors `seen` are the value `name`."""
-        arrays = tuple(x.data if isinstance(x, Tensor) else x for x in seen)
+        arrays = tuple(map(array_of, seen))
         for names, places, array in zip(self._names, self._places, arrays, strict=True):
             names[id(array)] = name
             place = _place(array)
@@ -95,7 +96,7 @@ class Graph:
 
         Raises InvalidArgument where it is neither known, nor constant, nor follows the batch.
         """
-        arrays = tuple(x.data if isinstance(x, Tensor) else x for x in seen)
+        arrays = tuple(map(array_of, seen))
         if not is_array(arrays[0]):
             return self._number(seen, np.asarray(seen[0]).dtype if dtype is None else dtype)
         name = self._known(arrays)

@@ -9,6 +9,7 @@ import numpy as np
 from mpidl.array import is_array, namespace
 from mpidl.autograd import Record, Tensor
 from mpidl.autograd.modes import observed
+from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.nn.predict import evaluating, like
 
@@ -108,7 +109,7 @@ def run(model: Module, example: tuple[Any, ...], dynamic_batch: bool) -> Runs:
 
 
 def _example(model: Module, x: Any) -> Array:
-    x = x.data if isinstance(x, Tensor) else x
+    x = array_of(x)
     if not is_array(x):
         raise InvalidArgument(
             f"export_onnx: an example of type {type(x).__name__}: expected an array or a tensor, "

@@ -21,20 +21,16 @@ SMALL = 1 << 14  # elements, below which blocks are not worth their overhead
 
 def relu(x: Array) -> Result:
     """max(x, 0); its derivative at 0 is 0."""
-    if x.size < SMALL:
-        positive = x > 0
-        return (
-            namespace(x).maximum(x, 0),
-            (lambda g, out: gate(g, positive),),
-            lambda v: gate(v, positive),
-        )
     xp = namespace(x)
-    y, positive = xp.empty_like(x), xp.empty_like(x, dtype=bool)
-    target, where, source = in_memory_order(y, positive, x)  # what is new has no gaps
-    for part in blocks(source):
-        zeros = xp.zeros_like(source[part])  # maximum() with a number takes five times as long
-        xp.maximum(source[part], zeros, out=target[part])
-        xp.greater(target[part], zeros, out=where[part])
+    if x.size < SMALL:
+        y, positive = xp.maximum(x, 0), x > 0
+    else:
+        y, positive = xp.empty_like(x), xp.empty_like(x, dtype=bool)
+        target, where, source = in_memory_order(y, positive, x)  # what is new has no gaps
+        for part in blocks(source):
+            zeros = xp.zeros_like(source[part])  # maximum() with a number takes five times as long
+            xp.maximum(source[part], zeros, out=target[part])
+            xp.greater(target[part], zeros, out=where[part])
     return y, (lambda g, out: gate(g, positive),), lambda v: gate(v, positive)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpidl.array import is_device, namespace
-from mpidl.autograd.ops.shared import in_single
+from mpidl.autograd.ops.shared import in_single, one_pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,20 +47,14 @@ def attention(
     same = v.shape[-1] == q.shape[-1]  # then it lies as q does: heads side by side
     y = xp.empty_like(q) if same else xp.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
     logs = kernel.forward(q, k, v, drop, y)
-    once: dict[int, Array] = {}  # the three gradients come from one pass
 
-    def backward(g: Array, which: int) -> Array:
-        if which not in once:
-            into = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
-            kernel.backward(g, q, k, v, logs, drop, into)
-            once.update(enumerate(into))
-        return once.pop(which)  # asked for again, it is for another g
+    def backward(g: Array) -> Three:
+        into = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
+        kernel.backward(g, q, k, v, logs, drop, into)
+        return into
 
-    adjoints = (
-        lambda g, out: backward(g, 0),
-        lambda g, out: backward(g, 1),
-        lambda g, out: backward(g, 2),
-    )
+    take = one_pass(backward)
+    adjoints = lambda g, out: take(g, 0), lambda g, out: take(g, 1), lambda g, out: take(g, 2)
     return y, adjoints, lambda vq, vk, vv: kernel.push(q, k, v, logs, drop, (vq, vk, vv))
 
 

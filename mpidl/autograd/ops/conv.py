@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.array import namespace
 from mpidl.autograd.ops import depthwise
-from mpidl.autograd.ops.shared import channels_last, sum_rows
+from mpidl.autograd.ops.shared import channels_last, rows_of, sum_rows
 from mpidl.autograd.ops.windows import Windows, pair
 
 if TYPE_CHECKING:
@@ -49,17 +49,13 @@ def conv2d(
     )
     shape = x.shape
 
-    def to_bias(g: Array, out: Array | None) -> Array:
-        rows = channels_last(g).reshape(-1, g.shape[1])
-        return sum_rows(rows)
-
     def push(vx: Array, vw: Array, vb: Array | None = None) -> Array:
         return _correlate(vx, weight, vb, windows) + _correlate(x, vw, None, windows)
 
     adjoints = (
         lambda g, out: _to_input(g, weight, shape, windows),
         lambda g, out: _to_weight(g, x, windows),
-        to_bias,
+        lambda g, out: sum_rows(rows_of(g)),
     )
     y = _correlate(x, weight, bias, windows)
     return y, adjoints[: 2 if bias is None else 3], push

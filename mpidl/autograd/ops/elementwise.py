@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl.array import namespace, to_device
-from mpidl.autograd.ops.shared import alike, dtype_of, fit, gate, same, shape_of, summed
+from mpidl.autograd.ops.shared import alike, fit, form_of, gate, same, summed
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -31,8 +31,8 @@ def subtract(x: Array, y: Array) -> Result:
     push = lambda vx, vy: vx - vy  # noqa: E731
     if alike(x, y):
         return z, (same, _negated), push
-    shape, dtype = shape_of(y), dtype_of(y)
-    return z, (summed(z, x), lambda g, out: fit(-g, shape, dtype)), push
+    form = form_of(y)
+    return z, (summed(z, x), lambda g, out: fit(-g, *form)), push
 
 
 def _negated(gradient: Array, out: Array | None) -> Array:
@@ -44,15 +44,15 @@ def multiply(x: Array, y: Array) -> Result:
     push = lambda vx, vy: vx * y + x * vy  # noqa: E731
     if alike(x, y):
         return x * y, (lambda g, out: g * y, lambda g, out: g * x), push
-    sx, sy, dx, dy = shape_of(x), shape_of(y), dtype_of(x), dtype_of(y)
-    return x * y, (lambda g, out: fit(g * y, sx, dx), lambda g, out: fit(g * x, sy, dy)), push
+    of_x, of_y = form_of(x), form_of(y)
+    return x * y, (lambda g, out: fit(g * y, *of_x), lambda g, out: fit(g * x, *of_y)), push
 
 
 def divide(x: Array, y: Array) -> Result:
     """x / y, broadcast."""
-    sx, sy, dx, dy = shape_of(x), shape_of(y), dtype_of(x), dtype_of(y)
+    of_x, of_y = form_of(x), form_of(y)
     z = x / y
-    adjoints = lambda g, out: fit(g / y, sx, dx), lambda g, out: fit(-g * z / y, sy, dy)
+    adjoints = lambda g, out: fit(g / y, *of_x), lambda g, out: fit(-g * z / y, *of_y)
     return z, adjoints, lambda vx, vy: (vx - z * vy) / y
 
 
@@ -63,16 +63,16 @@ def power(x: Array, y: Array) -> Result:
     """
     if isinstance(y, (int, float)):
         return _power(x, y)
-    xp, sx, sy, dx, dy = namespace(y), shape_of(x), shape_of(y), dtype_of(x), dtype_of(y)
-    x = x if sx else xp.full((), x, y.dtype)
+    xp, of_x, of_y = namespace(y), form_of(x), form_of(y)
+    x = x if of_x[0] else xp.full((), x, y.dtype)
     z = x**y
 
     def to_x(g: Array, out: Array | None) -> Array:
-        return fit(g * y * xp.where(y == 0, 1, x) ** xp.where(y == 0, 0, y - 1), sx, dx)
+        return fit(g * y * xp.where(y == 0, 1, x) ** xp.where(y == 0, 0, y - 1), *of_x)
 
     def to_y(g: Array, out: Array | None) -> Array:
         logarithm = xp.log(xp.where(x > 0, x, 1))
-        return fit(g * xp.where(x < 0, xp.nan, z * logarithm), sy, dy)
+        return fit(g * xp.where(x < 0, xp.nan, z * logarithm), *of_y)
 
     def push(vx: Any, vy: Any) -> Array:
         slope = y * xp.where(y == 0, 1, x) ** xp.where(y == 0, 0, y - 1)
@@ -165,23 +165,23 @@ def minimum(x: Array, y: Array) -> Result:
 
 def _choice(x: Array, y: Array, function: Any) -> Result:
     z = function(x, y)
-    of_x, of_y = z == x, z == y
-    share = 1 / (1 + (of_x & of_y).astype(z.dtype))
-    sx, sy, dx, dy = shape_of(x), shape_of(y), dtype_of(x), dtype_of(y)
+    is_x, is_y = z == x, z == y
+    share = 1 / (1 + (is_x & is_y).astype(z.dtype))
+    of_x, of_y = form_of(x), form_of(y)
     adjoints = (
-        lambda g, out: fit(gate(g, of_x) * share, sx, dx),
-        lambda g, out: fit(gate(g, of_y) * share, sy, dy),
+        lambda g, out: fit(gate(g, is_x) * share, *of_x),
+        lambda g, out: fit(gate(g, is_y) * share, *of_y),
     )
-    return z, adjoints, lambda vx, vy: (of_x * vx + of_y * vy) * share
+    return z, adjoints, lambda vx, vy: (is_x * vx + is_y * vy) * share
 
 
 def where(x: Array, y: Array, *, condition: Array) -> Result:
     """X where `condition` (bool, broadcast) holds, else y."""
     xp = namespace(condition)
-    sx, sy, dx, dy = shape_of(x), shape_of(y), dtype_of(x), dtype_of(y)
+    of_x, of_y = form_of(x), form_of(y)
     adjoints = (
-        lambda g, out: fit(xp.where(condition, g, 0), sx, dx),
-        lambda g, out: fit(xp.where(condition, 0, g), sy, dy),
+        lambda g, out: fit(xp.where(condition, g, 0), *of_x),
+        lambda g, out: fit(xp.where(condition, 0, g), *of_y),
     )
     return xp.where(condition, x, y), adjoints, lambda vx, vy: xp.where(condition, vx, vy)
 

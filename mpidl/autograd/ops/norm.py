@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpidl.array import namespace
-from mpidl.autograd.ops.shared import fit, in_single, row_blocks, sum_rows
+from mpidl.autograd.ops.shared import fit, in_single, one_pass, row_blocks, rows_of, sum_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,28 +118,19 @@ def batch_norm(
         y[part] *= slope
         y[part] += bias
 
-    once: dict[str, Any] = {}  # the three gradients come from the same sums
+    def compute(g: Array) -> tuple[Any, Array, Array]:
+        v = rows_of(g)
+        plain, other = sums(v)
+        return (v, (plain, other)), other, plain
 
-    def of(g: Array, which: str) -> Any:
-        if which not in once:
-            v = rows_of(g)
-            plain, other = sums(v)
-            once.update(x=(v, (plain, other)), weight=other, bias=plain)
-        return once.pop(which)  # asked for again, it is for another g
-
+    take = one_pass(compute)
     adjoints = (
-        lambda g, out: like_x(centre(*of(g, "x"))),
-        lambda g, out: of(g, "weight"),
-        lambda g, out: of(g, "bias"),
+        lambda g, out: like_x(centre(*take(g, 0))),
+        lambda g, out: take(g, 1),
+        lambda g, out: take(g, 2),
     )
 
     def push(vx: Array, vw: Any, vb: Any) -> Array:
         return like_x(centre(rows_of(vx)) + (rows - mean) * inverse * vw + vb)
 
     return like_x(y), adjoints, push
-
-
-def rows_of(x: Array) -> Array:
-    """(n, channels, ...) -> (rows, channels), contiguous: a view, where x lies channels last."""
-    xp = namespace(x)
-    return xp.ascontiguousarray(xp.moveaxis(x, 1, -1)).reshape(-1, x.shape[1])

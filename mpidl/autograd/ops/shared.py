@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _add: Any = np.add  # its stubs do not know `keepdims` as a variable
 
 
-def shape_of(x: Any) -> tuple[int, ...]:
-    """Return the shape of an array, and () of a number."""
-    return getattr(x, "shape", ())
+def form_of(x: Any) -> tuple[tuple[int, ...], Any]:
+    """Return shape and dtype of an array, and () and None of a number: what `fit` asks for."""
+    return getattr(x, "shape", ()), getattr(x, "dtype", None)
 
 
 def total(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
@@ -55,7 +55,7 @@ def _summed(gradient: Array, shape: tuple[int, ...]) -> Array:
     if not shape:
         return total(gradient)
     extra = gradient.ndim - len(shape)
-    if extra and gradient.size:  # a product with ones: faster than a sum, and more exact
+    if extra and gradient.size:  # faster than a sum along axes, and more exact
         rows = gradient.reshape(math.prod(gradient.shape[:extra]), -1)
         gradient = sum_rows(rows).reshape(gradient.shape[extra:])
     elif extra:
@@ -90,20 +90,15 @@ def alike(x: Any, y: Any) -> bool:
     return bool(x.shape == y.shape and x.dtype == y.dtype)
 
 
-def dtype_of(x: Any) -> Any:
-    """Return the dtype of an array, and None of a number."""
-    return getattr(x, "dtype", None)
-
-
 def summed(value: Array, x: Any) -> Any:
     """Return the adjoint that sums a gradient of `value` over the axes along which x was broadcast.
 
     The common case costs nothing: x has the value's shape.
     """
-    shape, dtype = shape_of(x), dtype_of(x)
+    shape, dtype = form = form_of(x)
     if shape == value.shape and dtype == value.dtype:
         return same
-    return lambda g, out: fit(g, shape, dtype)
+    return lambda g, out: fit(g, *form)
 
 
 def gate(values: Array, mask: Array) -> Array:
@@ -143,6 +138,27 @@ def _narrowed(adjoint: Any, dtype: Any) -> Any:
 
 def _widened(v: Any) -> Any:
     return v.astype(np.float32) if hasattr(v, "astype") else v
+
+
+def one_pass(compute: Callable[[Array], tuple[Any, ...]]) -> Callable[[Array, int], Any]:
+    """Return `take(g, i)`, part i of `compute(g)`, for adjoints that share a computation.
+
+    Each part is taken once: asked for again, it is for another gradient.
+    """
+    parts: dict[int, Any] = {}
+
+    def take(g: Array, i: int) -> Any:
+        if i not in parts:
+            parts.update(enumerate(compute(g)))
+        return parts.pop(i)
+
+    return take
+
+
+def rows_of(x: Array) -> Array:
+    """(n, channels, ...) -> (rows, channels), contiguous: a view, where x lies channels last."""
+    xp = namespace(x)
+    return xp.ascontiguousarray(xp.moveaxis(x, 1, -1)).reshape(-1, x.shape[1])
 
 
 def channels_last(x: Array) -> Array:

@@ -66,7 +66,7 @@ def main() -> None:
     if world.rank == 0:
         accuracy = history[-1].metrics["accuracy"]
         print(f"test accuracy  {accuracy:.2%} on {len(test)} digits never trained on")
-        print(f"strategy       {args.strategy}")
+        print(f"strategy       {trainer.replica.choice.name}")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def main() -> None:
         print(f"drawn digits   {sure.sum() / len(sure):.1%} are read with 90 % certainty")
         print(f"real digits    {of_real.sum() / len(test):.1%}")
         print(f"rarest digit   {sure.sum(axis=0).min()} of {len(sure)}")
-        print(f"strategy       {args.strategy}")
+        print(f"strategy       {draws.choice.name}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
             f"test accuracy  {last.metrics['accuracy']:.2%} on {len(test)} digits never trained on"
         )
         print(f"speed          {rates[len(rates) // 2]:,.0f} samples/s on {world.size} ranks")
-        print(f"strategy       {args.strategy}")
+        print(f"strategy       {trainer.replica.choice.name}")
 
 
 if __name__ == "__main__":

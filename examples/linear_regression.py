@@ -36,7 +36,7 @@ def main() -> None:
         print(f"test R^2       {fit:.4f} on {len(test)} patients never trained on")
         print(f"weights        {' '.join(f'{w:.4f}' for w in state['weight'][0])}")
         print(f"mean           {state['bias'][0]:.4f}")
-        print(f"strategy       {args.strategy}")
+        print(f"strategy       {trainer.replica.choice.name}")
 
 
 if __name__ == "__main__":

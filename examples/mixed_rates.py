@@ -55,7 +55,7 @@ def main() -> None:
             print(f"epoch {epoch.epoch:<3}      rate {rate:.3f} {'#' * round(100 * rate)}")
         accuracy = history[-1].metrics["accuracy"]
         print(f"test accuracy  {accuracy:.2%} on {len(test)} digits never trained on")
-        print(f"strategy       {args.strategy}")
+        print(f"strategy       {trainer.replica.choice.name}")
 
 
 if __name__ == "__main__":

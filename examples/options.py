@@ -20,7 +20,7 @@ def positive(text: str) -> int:
 def parser(description: str | None, **defaults: object) -> argparse.ArgumentParser:
     """Return the parser, for options of the example's own; `defaults` as in `parse`."""
     made = argparse.ArgumentParser(description=description, formatter_class=Help)
-    made.add_argument("--strategy", default="allreduce", help="how gradients are averaged")
+    made.add_argument("--strategy", default="auto", help="how gradients are averaged")
     made.add_argument("--epochs", type=positive, default=10)
     made.add_argument("--batch-size", type=int, default=64, help="samples, all ranks together")
     made.add_argument("--seed", type=int, default=0, help="of weights and shuffling")

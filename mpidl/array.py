@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 #: A NumPy array, or a CuPy array, which has the same methods.
 Array: TypeAlias = "np.ndarray[Any, Any]"
+#: Slices of a flat array, in order, and the averaged gradient of each.
+Averages: TypeAlias = "Iterator[tuple[slice, Array]]"
 
 CACHE_BLOCK_BYTES = 1 << 17  # three operands of this size stay in a core's L2 cache
+UPDATE_BLOCK_BYTES = 1 << 18  # averaged and updated in one go; measured: less costs Python time
 ALIGNMENT_BYTES = 64  # one cache line, one AVX-512 register
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -130,8 +133,8 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most it takes
 
 
-def blocks(array: Array) -> Iterator[slice]:
-    """Cut a flat array into slices that stay in cache; a GPU needs no cutting, and gets one."""
-    step = max(1, array.size if is_device(array) else CACHE_BLOCK_BYTES // array.itemsize)
+def blocks(array: Array, size: int = CACHE_BLOCK_BYTES) -> Iterator[slice]:
+    """Cut a flat array into slices of `size` bytes; a GPU needs no cutting, and gets one."""
+    step = max(1, array.size if is_device(array) else size // array.itemsize)
     for start in range(0, array.size, step):
         yield slice(start, min(start + step, array.size))

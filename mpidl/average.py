@@ -59,7 +59,8 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
         flat = namespace(leaf).ascontiguousarray(leaf).reshape(-1)
         if weight == 0:
             flat.fill(0)  # whatever it holds, 0 x NaN is not 0
-        strategy.reduce(flat, weight / total)
+        for _ in strategy.reduce(flat, weight / total):
+            pass  # it works in place
         if not leaf.flags.c_contiguous:  # then `flat` is a copy
             leaf[...] = flat.reshape(leaf.shape)
     strategy.close()

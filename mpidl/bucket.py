@@ -28,18 +28,25 @@ class Bucket:
     places: dict[str, tuple[int, tuple[int, ...]]]  #: name -> (start, shape)
     group: int = 0  #: of all these arrays, as given to `allocate`
 
+    def slices(self) -> dict[str, slice]:
+        """Return where each array lies, by name."""
+        return {
+            name: slice(start, start + math.prod(shape))
+            for name, (start, shape) in self.places.items()
+        }
+
     def views(self) -> Iterator[tuple[str, Array, Array]]:
         """Yield name, parameter and gradient, the latter two as views in their own shape."""
-        for name, (start, shape) in self.places.items():
-            part = slice(start, start + int(np.prod(shape)))
+        for name, part in self.slices().items():
+            shape = self.places[name][1]
             yield name, self.param[part].reshape(shape), self.grad[part].reshape(shape)
 
     def parts(self, owned: slice) -> list[slice]:
         """Return where each array lies in `param[owned]`; an empty slice where it does not."""
         first, last, _ = owned.indices(self.param.size)
         found = []
-        for start, shape in self.places.values():
-            low, high = max(start, first), min(start + math.prod(shape), last)
+        for part in self.slices().values():
+            low, high = max(part.start, first), min(part.stop, last)
             found.append(slice(low - first, high - first) if low < high else slice(0, 0))
         return found
 

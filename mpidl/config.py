@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from mpidl.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def cuda_aware() -> str:
@@ -32,6 +37,24 @@ def launched_size() -> tuple[str, int] | None:
         if value.isdigit():
             return name, int(value)
     return None
+
+
+def launched() -> bool:
+    """Whether any launcher started this process: all speak PMIx or PMI with their ranks."""
+    return any(name.startswith(("PMIX_", "PMI_", "PMI2_", "OMPI_COMM_")) for name in os.environ)
+
+
+@contextmanager
+def setting(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable in this context, for this process, where it is not set."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _choice(name: str, default: str, valid: tuple[str, ...]) -> str:

@@ -34,6 +34,10 @@ class UnknownStrategy(MpidlError):
     """No strategy of this name is registered."""
 
 
+class NoSharedMemory(MpidlError):
+    """The ranks of a node cannot map each other's memory."""
+
+
 class UnsupportedDtype(MpidlError):
     """An array of a dtype that MPI cannot sum."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 from mpidl import config
@@ -49,8 +50,12 @@ def start(MPI: Any) -> None:
         other = vendor(MPI.Get_library_version()) not in ("openmpi", "unknown")
         if size > 1 and name.startswith("OMPI_") and other:  # MPICH would end the process
             raise _mismatch(MPI, name, size)
-        with warnings.catch_warnings():  # the check below says the same, and what to do
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            # the check below says the same, and what to do
             warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+            if not config.launched():  # alone, Open MPI would leave 16 MiB in /dev/shm for ever
+                stack.enter_context(config.setting("OMPI_MCA_btl", "^sm"))
             MPI.Init_thread()
     if size > 1 and MPI.COMM_WORLD.size == 1:
         raise _mismatch(MPI, name, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,14 @@ from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.autograd import recording
 from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.optim.clip import Clip
-from mpidl.optim.groups import assign
+from mpidl.optim.groups import assign, describe
 from mpidl.staging import Staging
 from mpidl.update import Update
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mpidl.nn import Module
     from mpidl.optim.groups import Groups
     from mpidl.strategies import Strategy
@@ -45,7 +47,8 @@ class DataParallel:
             `{"*.bias": SGD(0.1), "*": AdamW()}`: the first pattern (of `fnmatch`) that matches a
             parameter's dotted name counts, and each must get one. Frozen ones need none, but a
             pattern may be theirs alone.
-        strategy: a name in `strategies.STRATEGIES`, or a strategy.
+        strategy: a name in `strategies.STRATEGIES`, a strategy, or "auto": `choice` then tells
+            which, and why.
         world: by default `mpidl.init()`.
         check_finite: look at every gradient before it is averaged, and raise NonFiniteGradient
             instead of spoiling the model. Costs one pass over the gradients.
@@ -60,7 +63,7 @@ class DataParallel:
         self,
         model: Module,
         optimizer: Groups,
-        strategy: str | Strategy = "allreduce",
+        strategy: str | Strategy = "auto",
         *,
         world: World | None = None,
         check_finite: bool = False,
@@ -85,24 +88,34 @@ class DataParallel:
         for option in (
             f"bucket_bytes={bucket_bytes}",
             f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",
-            f"optimizer={_describe(optimizer)}",
+            f"optimizer={describe(optimizer)}",
         ):
             self.world.same(option, "DataParallel")
-        self.strategy = strategies.make(strategy, self.world)
         arrays = {name: p.data for name, p in self.parameters.items()}
+        self.choice = strategies.make(
+            strategy,
+            self.world,
+            sum(data.nbytes for data in arrays.values()),
+            on_device=any(map(is_device, arrays.values())),
+        )
+        self.strategy = self.choice.strategy
         self.buckets = bucket.allocate(arrays, self.strategy, bucket_bytes, group_of)
-        self._update = Update(self.world, self.strategy, self.buckets, optimizers, clip)
         self._accumulation = Accumulation(self.buckets) if accumulate > 1 else None
         self._places: dict[str, tuple[Array, Array]] = {}
         self._broadcast()
+        self._update = Update(self.world, self.strategy, self.buckets, optimizers, clip)
+        self.states = self._update.states  #: the optimizer's, of each bucket's owned part
         # since the last step; None: the model was not called, NaN: with what has no rows to count
         self._samples: float | None = None
-        self._stop_counting = model.on_output(self._count)
+        count = weakref.WeakMethod(self._count)  # or the model would keep its buckets for ever
 
-    @property
-    def states(self) -> list[dict[str, Array]]:
-        """The optimizer's state of each bucket's owned part; empty before the first update."""
-        return self._update.states
+        def counted(*call: Any) -> None:
+            counts = count()
+            if counts is not None:
+                counts(*call)
+
+        self._stop_counting = model.on_output(counted)
+        weakref.finalize(self, self._stop_counting).atexit = False
 
     def step(self, weight: float | None = None) -> None:
         """Average the gradients over ranks, update, and forget the gradients. Collective.
@@ -183,10 +196,40 @@ class DataParallel:
             value = mine.reshape(buffer.shape).astype(buffer.dtype)
             buffer.data[...] = namespace(buffer.data).asarray(value)
 
+    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
+        """Copy `state` into the model, as `Module.load_state_dict` does. Collective.
+
+        Every rank passes the same. With "hierarchical" this is how to change parameters: the ranks
+        of a node share them, and on the CPU they are read-only for all but the strategy.
+        """
+        self.world.barrier()  # nobody reads the old values any more
+        with self.world.together():
+            self._lock(False)
+            try:
+                self.model.load_state_dict(state, strict)
+            finally:
+                self._lock(self.strategy.shared)
+
     def close(self) -> None:
-        """Give back what the strategy took. The model stays usable. Not collective."""
+        """Give back what the strategy took. Not collective.
+
+        The model stays usable: its parameters move to memory that is this rank's alone.
+        """
         self._stop_counting()
+        for parameter in self.parameters.values():
+            parameter.drop_grad()
+            parameter.data = parameter.data.copy()
         self.strategy.close()
+        self.buckets.clear()
+        self.states.clear()
+        self._places.clear()
+        self._accumulation = None
+
+    def _lock(self, locked: bool) -> None:
+        """Let nobody, or anybody, write to the parameters."""
+        for parameter in self.parameters.values():
+            if not is_device(parameter.data):
+                parameter.data.flags.writeable = not locked
 
     def _count(self, model: Module, inputs: tuple[Any, ...], _: Any) -> None:
         if model.training and recording():
@@ -196,6 +239,8 @@ class DataParallel:
 
     def _misplaced(self) -> InvalidArgument | None:
         """Return what is wrong with a parameter that does not train as it did at the start."""
+        if not self._places:
+            return InvalidArgument(f"step {self.steps}: this DataParallel was closed")
         step = f"step {self.steps}: parameter"
         for name, p in self.parameters.items():
             if not p.requires_grad:
@@ -267,16 +312,26 @@ class DataParallel:
         self.world.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
 
     def _broadcast(self) -> None:
-        """Move the parameters into the buckets, and take rank 0's values. Collective."""
+        """Move the parameters into the buckets, and take rank 0's values. Collective.
+
+        As after an update: the owners write, into memory that may be shared, and publish.
+        """
         staging, root = Staging(), self.world.rank == 0
         for flat in self.buckets:
+            values = namespace(flat.param).zeros_like(flat.param)
+            for name, part in flat.slices().items():
+                values[part] = self.parameters[name].data.reshape(-1)
+            for part in staging.chunks(values):
+                with staging.host(values[part], read=root, write=not root) as buffer:
+                    self.world.comm.Bcast(buffer)
+            owned = self.strategy.owned(flat.param.size)
+            flat.param[owned] = values[owned]
+            self.strategy.share(flat.param)
             for name, param, grad in flat.views():
                 self.parameters[name].bind(param, grad)
                 self._places[name] = param, grad
-            for chunk in staging.chunks(flat.param):
-                with staging.host(chunk, read=root, write=not root) as buffer:
-                    self.world.comm.Bcast(buffer)
         staging.close()
+        self._lock(self.strategy.shared)
         buffers = self.model.buffers()
         values = self.world.broadcast([to_numpy(b.data) for b in buffers])
         for kept, value in zip(buffers, values, strict=True):
@@ -288,11 +343,6 @@ class DataParallel:
 
 def _left(what: str) -> InvalidArgument:
     return InvalidArgument(
-        f"{what} has left its bucket: set values with p.data[...] = values, and give a model to "
-        "one DataParallel only"
+        f"{what} has left its bucket: set values with DataParallel.load_state_dict, and give a "
+        "model to one DataParallel only"
     )
-
-
-def _describe(optimizer: Groups) -> str:
-    """Return the `repr`, without the addresses that tell one process's objects from another's."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(optimizer))

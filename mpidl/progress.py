@@ -16,7 +16,7 @@ PIPE_SECONDS = 0.1
 
 
 class Progress(Protocol):
-    """A context in which steps are counted and epochs are told."""
+    """A context in which steps are counted and lines are shown."""
 
     def __enter__(self) -> Progress: ...
 
@@ -27,8 +27,8 @@ class Progress(Protocol):
     def step(self, samples: int) -> None:
         """Count one step, of `samples` samples of the global batch."""
 
-    def epoch(self, text: str) -> None:
-        """Show what an epoch came to."""
+    def line(self, text: str) -> None:
+        """Show a line: what an epoch came to, say."""
 
 
 def make(steps: int, *, shown: bool) -> Progress:
@@ -49,7 +49,7 @@ class _Silent:
 
     def step(self, samples: int) -> None: ...
 
-    def epoch(self, text: str) -> None: ...
+    def line(self, text: str) -> None: ...
 
 
 class _Lines(_Silent):
@@ -64,9 +64,9 @@ class _Lines(_Silent):
         if now - self.shown > LINE_SECONDS:
             self.shown = now
             rate = self.samples / (now - self.start)
-            self.epoch(f"step {self.done} of {self.steps}, {rate:,.0f} samples/s")
+            self.line(f"step {self.done} of {self.steps}, {rate:,.0f} samples/s")
 
-    def epoch(self, text: str) -> None:
+    def line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -104,5 +104,5 @@ class _Bar:
         rate = self.samples / (time.perf_counter() - self.start)
         self.bar.update(self.task, advance=1, rate=rate)
 
-    def epoch(self, text: str) -> None:
+    def line(self, text: str) -> None:
         self.bar.console.print(text, highlight=False, markup=False, emoji=False)

@@ -34,15 +34,15 @@ class Staging:
         """Whether MPI takes pointers to GPU memory; "unknown" counts as no, which always works."""
         return mpi.cuda_aware() == "yes"
 
-    def chunks(self, array: Array) -> Iterator[Array]:
-        """Cut `array` (n,) into views for one MPI call each, short enough to stay in cache.
+    def chunks(self, array: Array) -> Iterator[slice]:
+        """Cut `array` (n,) into slices for one MPI call each, short enough to stay in cache.
 
         GPU memory that MPI reads itself is not cut.
         """
         whole = is_device(array) and self.direct
         step = array.size if whole else CHUNK_BYTES // array.itemsize
         for start in range(0, array.size, max(1, step)):
-            yield array[start : start + step]
+            yield slice(start, min(start + step, array.size))
 
     @contextmanager
     def host(self, array: Array, *, read: bool = True, write: bool = True) -> Iterator[Array]:

@@ -63,7 +63,7 @@ class Trainer:
         model: nn.Module,
         loss: Loss,
         optimizer: Groups,
-        strategy: str | Strategy = "allreduce",
+        strategy: str | Strategy = "auto",
         *,
         world: World | None = None,
         metrics: Mapping[str, Metric] | None = None,
@@ -149,6 +149,8 @@ class Trainer:
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
         history: list[Epoch] = []
         with progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown:
+            if not self.epochs:
+                shown.line(self._introduction())
             for this in ahead:
                 loss, seconds = self._train(this, shown)
                 metrics = {} if evaluate is None else self.evaluate(evaluate, this.batch_size)
@@ -162,7 +164,7 @@ class Trainer:
                     samples_per_second=samples / seconds,
                 )
                 history.append(result)
-                shown.epoch(_line(result, self.epochs - len(history) + epochs))
+                shown.line(_line(result, self.epochs - len(history) + epochs))
                 if folder is not None:
                     folder.write(asdict(result))
         return history
@@ -223,6 +225,12 @@ class Trainer:
         """Give back what the strategy took. The model stays usable. Not collective."""
         self.replica.close()
 
+    def _introduction(self) -> str:
+        world, choice = self.world, self.replica.choice
+        ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+        nodes = f"{world.nodes} node{'s' * (world.nodes > 1)}"
+        return f"{ranks} on {nodes}, strategy {choice.name} ({choice.why})"
+
     def _open_folder(self, samples: int, **arguments: Any) -> RunFolder | None:
         """Return the run folder, made at the first call, if rank 0 wants one. Collective."""
         out = self.world.broadcast(self.out)
@@ -231,7 +239,7 @@ class Trainer:
         from mpidl.run_folder import RunFolder  # its imports are slow, and few runs need them
 
         asked = {
-            "strategy": type(self.replica.strategy).__name__,
+            "strategy": self.replica.choice.name,
             "optimizer": self.replica.optimizer,
             "device": self.device,
             "samples": samples,

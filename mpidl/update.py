@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mpidl.array import blocks
-from mpidl.errors import NonFiniteGradient
+from mpidl.array import UPDATE_BLOCK_BYTES, blocks
+from mpidl.errors import InvalidArgument, NonFiniteGradient
 from mpidl.optim.base import Layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.bucket import Bucket
     from mpidl.optim import Optimizer
     from mpidl.optim.clip import Clip
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class Update:
-    """Updates `buckets`, each with the optimizer of its group, and keeps the optimizers' states."""
+    """Updates `buckets`, each with the optimizer of its group, and keeps the optimizers' states.
+
+    An optimizer pulls its gradient through a chain of generators, strategy.reduce -> clip ->
+    update: each block is averaged, clipped and updated before the next, while it is in cache.
+    """
 
     def __init__(
         self,
@@ -33,8 +37,12 @@ class Update:
     ) -> None:
         self.world, self.strategy, self.buckets = world, strategy, buckets
         self.optimizers, self.clip = optimizers, clip
-        self.states: list[dict[str, Array]] = []  #: of the owned parts; known at the first update
+        self._owned = [strategy.owned(flat.param.size) for flat in buckets]
         self._layers: list[Layers] = []
+        self.states: list[dict[str, Array]] = []  #: of each bucket's owned part
+        for flat, owned in zip(buckets, self._owned, strict=True):
+            self._layers.append(Layers(flat.parts(owned), strategy.total))
+            self.states.append(optimizers[flat.group].init(flat.param[owned]))
 
     def make(self, weight: float, step: int) -> None:
         """Average the gradients, this rank's times `weight`, and update. Collective.
@@ -42,36 +50,39 @@ class Update:
         Raises NonFiniteGradient on every rank, before anything is updated, where a norm is to be
         clipped that is not finite.
         """
-        reduced = ((flat, self.strategy.reduce(flat.grad, weight)) for flat in self.buckets)
-        if self.clip.norm is None:
-            self._apply(reduced, 1.0, step)
-        else:  # the norm is over all buckets
-            parts = list(reduced)
-            self._apply(parts, self._shorten(parts, step), step)
+        norm_first, factor = self.clip.norm is not None, 1.0
+        if norm_first:  # it is over all buckets
+            for flat in self.buckets:
+                for part, mean in self.strategy.reduce(flat.grad, weight):
+                    flat.grad[part] = mean
+            factor = self._shorten(step)
+        for i, flat in enumerate(self.buckets):
+            owned, optimizer = self._owned[i], self.optimizers[flat.group]
+            param, grad = flat.param[owned], flat.grad[owned]
+            means = [(owned, grad)] if norm_first else self.strategy.reduce(flat.grad, weight)
+            averages = self._blocks(means, owned.start, factor)
+            optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
+            if next(averages, None) is not None:
+                raise InvalidArgument(f"{optimizer} left parts of the gradient: see Optimizer")
+            self.strategy.share(flat.param)
 
-    def _shorten(self, reduced: Sequence[tuple[Bucket, slice]], step: int) -> float:
+    def _blocks(self, means: Iterable[tuple[slice, Array]], start: int, factor: float) -> Averages:
+        """Cut the means into blocks, and clip them; slices count from `start` on."""
+        clips = factor != 1 or self.clip.bounds_late
+        for part, mean in means:
+            first = part.start - start
+            for block in blocks(mean, UPDATE_BLOCK_BYTES):
+                piece = mean[block]
+                if clips:
+                    self.clip.finish(piece, factor)
+                yield slice(first + block.start, first + block.stop), piece
+
+    def _shorten(self, step: int) -> float:
         """Return the factor that brings the whole gradient to the norm allowed. Collective."""
-        squares = sum(self.clip.measure(flat.grad[owned]) for flat, owned in reduced)
+        pairs = zip(self.buckets, self._owned, strict=True)
+        squares = sum(self.clip.measure(flat.grad[owned]) for flat, owned in pairs)
         norm = math.sqrt(self.strategy.total([squares])[0])
         if not math.isfinite(norm):
             error = f"step {step}: the norm of the averaged gradient is {norm}"
             self.world.agree(NonFiniteGradient(error))
         return self.clip.factor(norm)
-
-    def _apply(self, reduced: Iterable[tuple[Bucket, slice]], factor: float, step: int) -> None:
-        """Clip, update and publish the owned part of each bucket. Collective."""
-        clips = factor != 1 or self.clip.bounds_late
-        for i, (flat, owned) in enumerate(reduced):
-            param, grad = flat.param[owned], flat.grad[owned]
-            optimizer = self.optimizers[flat.group]
-            if i == len(self.states):
-                self.states.append(optimizer.init(param))
-                self._layers.append(Layers(flat.parts(owned), self.strategy.total))
-            # what is clipped is updated while in cache
-            pieces = blocks(param) if clips and optimizer.elementwise else (slice(None),)
-            for part in pieces:
-                if clips:
-                    self.clip.finish(grad[part], factor)
-                state = {name: array[part] for name, array in self.states[i].items()}
-                optimizer.update(param[part], grad[part], state, step, self._layers[i])
-            self.strategy.share(flat.param)

@@ -52,8 +52,8 @@ def load(source: Mapping[str, Array] | AnyPath, model: M) -> M:
     """Fill `model` with the weights of `source`, and return it in evaluation mode.
 
     `source` is a dict of arrays by dotted name, or a .safetensors or .npz file of them. On several
-    ranks each calls it, or one does before `DataParallel` takes the model. The model is changed
-    only if all fits.
+    ranks one or all call it before `DataParallel` takes the model; later see
+    `DataParallel.load_state_dict`. The model is changed only if all fits.
 
     Raises DataError for a file that is missing, cut short or damaged (in a .safetensors file,
     damaged values are seen if `save` wrote it), and InvalidArgument for another suffix, and for

@@ -35,6 +35,7 @@ class World:
     local_size: int
     node: int  #: nodes are numbered by their lowest rank
     nodes: int
+    local: Any  #: mpi4py.MPI.Intracomm of this node's ranks, by local rank
 
     @classmethod
     def of(cls, MPI: Any, comm: Any) -> World:
@@ -43,7 +44,7 @@ class World:
         local = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
         leaders = comm.allgather(local.bcast(comm.rank))
         order = sorted(set(leaders))
-        world = cls(
+        return cls(
             MPI=MPI,
             comm=comm,
             rank=comm.rank,
@@ -52,9 +53,8 @@ class World:
             local_size=local.size,
             node=order.index(leaders[comm.rank]),
             nodes=len(order),
+            local=local,
         )
-        local.Free()
-        return world
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""

@@ -38,7 +38,9 @@ def environment(mpi: str | None, **extra: str) -> dict[str, str]:
     """
     traces = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPIDL_TERMINAL")
     settings = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")  # `mpidl run` makes them
-    unwanted = (*traces, *settings, "MPI4PY_LIBMPI")
+    # lines are counted under one MPI: counting takes as long as the tests themselves
+    counting = ("COVERAGE_PROCESS",) if mpi == "mpich" else ()
+    unwanted = (*traces, *settings, *counting, "MPI4PY_LIBMPI")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     library = {} if mpi is None else {"MPI4PY_LIBMPI": str(MPI_LIBRARIES[mpi])}

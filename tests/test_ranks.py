@@ -17,10 +17,13 @@ def test_in_ranks(mpi: str, ranks: int, tmp_path: Path) -> None:
         pytest.fail(str(result), pytrace=False)
 
 
-@pytest.mark.parametrize("cuda_aware", ["no", "yes"])
-def test_on_the_stand_in_for_cupy(cuda_aware: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mpi", "ranks", "cuda_aware"),
+    [("openmpi", 3, "no"), ("openmpi", 3, "yes"), ("mpich", 1, "no")],
+)
+def test_on_the_stand_in_for_cupy(mpi: str, ranks: int, cuda_aware: str, tmp_path: Path) -> None:
     """A mock, for the paths of GPU arrays; tests/gpu has the real thing."""
-    result = run_bodies("openmpi", 3, "stand-in", tmp_path, MPIDL_CUDA_AWARE=cuda_aware)
+    result = run_bodies(mpi, ranks, "stand-in", tmp_path, MPIDL_CUDA_AWARE=cuda_aware)
     if result.status:
         pytest.fail(str(result), pytrace=False)
 

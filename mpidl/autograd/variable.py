@@ -86,12 +86,12 @@ class Variable:
         leaf.filled = True
 
     def bind(self, data: Array, grad: Array) -> None:
-        """Move the values into `data`, and let gradients gather in `grad`, both of this shape.
+        """Live in `data`, whose values count from now on, and gather the gradient in `grad`.
 
-        This is how a parameter comes to live in a bucket: no gradient is ever copied there.
+        Both are of this shape. This is how a parameter comes to live in a bucket: no gradient is
+        ever copied there.
         """
         leaf = self._leaf()
-        data[...] = self.data
         if leaf.filled:
             grad[...] = leaf.grad
         self.data, leaf.grad = data, grad

@@ -90,6 +90,8 @@ def _mpi(report: Report) -> None:
     facts["thread_level"] = found["thread_level"]
     facts["ranks_per_node"] = f"{found['ranks_per_node']} of {found['ranks']} in a trial run"
     facts["cuda_aware"] = found["cuda_aware"]
+    facts["strategy"] = found["strategy"]
+    report.advice.extend(found["warnings"])
     if found["ranks"] != PROBE_RANKS or not found["allreduce_works"]:
         report.problems.append(f"two ranks were asked for, and this came: {found}")
     if found["thread_level"] != "multiple":
@@ -141,6 +143,7 @@ LABELS = {
     "launcher": "launcher",
     "thread_level": "thread level",
     "ranks_per_node": "ranks per node",
+    "strategy": 'strategy "auto"',
     "cores": "cores",
     "omp_num_threads": "OMP_NUM_THREADS",
     "inside": "started by",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 
 import mpidl
-from mpidl import mpi
+from mpidl import mpi, strategies
 
+MODEL_BYTES = 100_000_000  # of a model of 25 M parameters, for which "auto" chooses
 LEVELS = {0: "single", 1: "funneled", 2: "serialized", 3: "multiple"}
 
 
@@ -17,6 +19,9 @@ def main() -> None:
     world = mpidl.init()
     cuda_aware = mpi.cuda_aware()
     mean = mpidl.average(np.full(1000, world.rank, np.float32))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        choice = strategies.make("auto", world, MODEL_BYTES)
     if world.rank == 0:
         print(
             json.dumps(
@@ -26,6 +31,8 @@ def main() -> None:
                     "nodes": world.nodes,
                     "thread_level": LEVELS[world.MPI.Query_thread()],
                     "cuda_aware": cuda_aware,
+                    "strategy": f"{choice.name} ({choice.why})",
+                    "warnings": [str(warning.message) for warning in told],
                     "allreduce_works": bool((mean == (world.size - 1) / 2).all()),
                 }
             )

@@ -32,6 +32,8 @@ def load(module: Module, state: Mapping[str, Array], *, strict: bool) -> None:
             problems.append(f"{name} has shape {value.shape}, expected {tensor.shape}")
         elif value.dtype.kind not in "fiub":
             problems.append(f"{name} has dtype {value.dtype}, expected {tensor.dtype}")
+        elif not getattr(tensor.data.flags, "writeable", True):
+            problems.append(f"{name} is shared by ranks: use DataParallel.load_state_dict")
     if problems:
         kind = type(module).__name__
         hint = "; strict=False loads the names that fit" if strict else ""

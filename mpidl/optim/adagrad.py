@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from mpidl.array import blocks, namespace
+from mpidl.array import namespace
 from mpidl.optim.base import check, check_eps, rate, zeros
 
 if TYPE_CHECKING:
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.optim.base import Layers, Rate
 
 
@@ -28,8 +28,6 @@ class Adagrad:
     initial: float = 0.0
     eps: float = 1e-10
 
-    elementwise: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         infinite = (0, math.inf)
         check(self, lr=infinite, lr_decay=infinite, weight_decay=(0, 1), initial=infinite)
@@ -42,13 +40,19 @@ class Adagrad:
         return state
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, _layers: Layers
+        self,
+        param: Array,
+        _grad: Array,
+        state: dict[str, Array],
+        step: int,
+        _layers: Layers,
+        averages: Averages,
     ) -> None:
         """Make one step in place, block by block."""
         xp, decay = namespace(param), float(self.weight_decay)
         lr = rate(self, self.lr, step) / (1 + float(self.lr_decay) * step)
-        for part in blocks(param):
-            p, g, square = param[part], grad[part], state["square"][part]
+        for part, g in averages:
+            p, square = param[part], state["square"][part]
             if decay:
                 g += decay * p
             scratch = g * g

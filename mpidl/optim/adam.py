@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from mpidl.array import blocks, namespace
+from mpidl.array import namespace
 from mpidl.optim.base import check, check_eps, rate, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.optim.base import Layers, Rate
 
 
@@ -29,8 +29,6 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
-    elementwise: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), betas=(0, 1), weight_decay=(0, 1))
         check_eps(self, self.eps)
@@ -40,13 +38,19 @@ class Adam:
         return zeros(param, "first", "second")
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, _layers: Layers
+        self,
+        param: Array,
+        _grad: Array,
+        state: dict[str, Array],
+        step: int,
+        _layers: Layers,
+        averages: Averages,
     ) -> None:
         """Make one step in place, block by block."""
         lr, decay = rate(self, self.lr, step), float(self.weight_decay)
-        parts = directions(param, grad, state, step, self.betas, self.eps, l2=decay)
-        for part, scale in parts:
-            p, g = param[part], grad[part]
+        found = directions(param, state, step, averages, self.betas, self.eps, l2=decay)
+        for part, g, scale in found:
+            p = param[part]
             g *= lr * scale
             p -= g
 
@@ -63,8 +67,6 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 1e-2
 
-    elementwise: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), betas=(0, 1), weight_decay=(0, 1))
         check_eps(self, self.eps)
@@ -74,13 +76,19 @@ class AdamW:
         return zeros(param, "first", "second")
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, _layers: Layers
+        self,
+        param: Array,
+        _grad: Array,
+        state: dict[str, Array],
+        step: int,
+        _layers: Layers,
+        averages: Averages,
     ) -> None:
         """Make one step in place, block by block."""
         lr = rate(self, self.lr, step)
         kept = 1 - lr * float(self.weight_decay)
-        for part, scale in directions(param, grad, state, step, self.betas, self.eps):
-            p, g = param[part], grad[part]
+        for part, g, scale in directions(param, state, step, averages, self.betas, self.eps):
+            p = param[part]
             g *= lr * scale
             p *= kept
             p -= g
@@ -88,14 +96,14 @@ class AdamW:
 
 def directions(
     param: Array,
-    grad: Array,
     state: dict[str, Array],
     step: int,
+    averages: Averages,
     betas: tuple[float, float],
     eps: float,
     l2: float = 0.0,
-) -> Iterator[tuple[slice, float]]:
-    """Update the moments, and yield blocks in which `grad` x the number beside is Adam's step.
+) -> Iterator[tuple[slice, Array, float]]:
+    """Update the moments, and turn each average g into g' so that g' x the number is Adam's step.
 
     The step is m' / (sqrt(v') + eps). The state holds m / (1 - beta1) and v / (1 - beta2), and
     what their factors are is worked out on Python floats: this saves three passes of thirteen.
@@ -105,8 +113,8 @@ def directions(
     root = math.sqrt((1 - beta2) / (1 - beta2 ** (step + 1)))  # sqrt(v') is root sqrt(second)
     small = float(eps) / root
     scale = (1 - beta1) / (1 - beta1 ** (step + 1)) / root
-    for part in blocks(param):
-        g, first, second = grad[part], state["first"][part], state["second"][part]
+    for part, g in averages:
+        first, second = state["first"][part], state["second"][part]
         if l2:
             g += l2 * param[part]
         first *= beta1
@@ -117,4 +125,4 @@ def directions(
         xp.sqrt(second, out=g)
         g += small
         xp.divide(first, g, out=g)
-        yield part, scale
+        yield part, g, scale

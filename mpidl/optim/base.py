@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
 
 #: A rate, or a function of the number of updates made before: see `optim.schedules`.
 Rate: TypeAlias = "float | Callable[[int], float]"
@@ -28,21 +28,28 @@ class Optimizer(Protocol):
     Its `repr` is compared over ranks, so it should tell the hyper-parameters, as dataclasses do.
     """
 
-    #: Each element is updated without a look at the others, so that `update` may be called on
-    #: any pieces of a slice and its state, one after the other.
-    elementwise: ClassVar[bool]
-
     def init(self, param: Array, /) -> dict[str, Array]:
         """Return the state for a flat part `param` (n,) of the parameters: arrays (n,)."""
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, layers: Layers, /
+        self,
+        param: Array,
+        grad: Array,
+        state: dict[str, Array],
+        step: int,
+        layers: Layers,
+        averages: Averages,
+        /,
     ) -> None:
-        """Change `param` (n,) and `state` in place, given the averaged `grad` (n,).
+        """Change `param` (n,) and `state` in place, given the averaged gradient in pieces.
 
-        `step` counts the updates made before this one. `grad` may be used as scratch space:
-        nobody reads it afterwards. `layers` tells the parameters apart; an optimizer that is
-        not elementwise makes its call of `layers.norms`, if any, on every rank, also where n = 0.
+        `step` counts the updates made before this one. `layers` tells the parameters apart.
+
+        `averages` is run through once, to its end. It yields slices that cover the n elements, in
+        order, each with the gradient there: an array that is in cache, and may be changed, until
+        the next one. Who needs the whole gradient may keep it in `grad` (n,). Collective: this
+        is what averages. So an error is raised before the first piece is taken, and `layers.norms`
+        is called on every rank or on none, also where n = 0.
         """
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from mpidl.array import blocks
 from mpidl.optim.adam import directions
 from mpidl.optim.base import check, check_eps, rate, zeros
 
 if TYPE_CHECKING:
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.optim.base import Layers, Rate
 
 
@@ -29,8 +29,6 @@ class LARS:
     weight_decay: float = 0.0
     trust: float = 1e-3
 
-    elementwise: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, 1), trust=(0, math.inf))
 
@@ -39,11 +37,19 @@ class LARS:
         return zeros(param, "velocity")
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, layers: Layers
+        self,
+        param: Array,
+        grad: Array,
+        state: dict[str, Array],
+        step: int,
+        layers: Layers,
+        averages: Averages,
     ) -> None:
         """Make one step in place, parameter by parameter. Collective."""
         lr, velocity = rate(self, self.lr, step), state["velocity"]
         momentum, decay, trust = float(self.momentum), float(self.weight_decay), float(self.trust)
+        for part, g in averages:  # the norms are over all of it
+            grad[part] = g
         norms = layers.norms(param, grad).T.tolist()
         for part, (p_norm, g_norm) in zip(layers.parts, norms, strict=True):
             size = g_norm + decay * p_norm
@@ -77,8 +83,6 @@ class LAMB:
     eps: float = 1e-6
     weight_decay: float = 1e-2
 
-    elementwise: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), betas=(0, 1), weight_decay=(0, 1))
         check_eps(self, self.eps)
@@ -88,15 +92,22 @@ class LAMB:
         return zeros(param, "first", "second")
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, layers: Layers
+        self,
+        param: Array,
+        grad: Array,
+        state: dict[str, Array],
+        step: int,
+        layers: Layers,
+        averages: Averages,
     ) -> None:
         """Make one step in place: `grad` becomes u, then each parameter moves. Collective."""
         lr, decay = rate(self, self.lr, step), float(self.weight_decay)
-        for part, scale in directions(param, grad, state, step, self.betas, float(self.eps)):
-            g = grad[part]
+        found = directions(param, state, step, averages, self.betas, float(self.eps))
+        for part, g, scale in found:
             g *= scale
             if decay:
                 g += decay * param[part]
+            grad[part] = g
         norms = layers.norms(param, grad).T.tolist()
         for whole, (p_norm, u_norm) in zip(layers.parts, norms, strict=True):
             local = lr * (p_norm / u_norm if p_norm and u_norm else 1.0)

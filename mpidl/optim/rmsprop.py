@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from mpidl.array import blocks, namespace
+from mpidl.array import namespace
 from mpidl.optim.base import check, check_eps, rate, zeros
 
 if TYPE_CHECKING:
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.optim.base import Layers, Rate
 
 
@@ -30,8 +30,6 @@ class RMSprop:
     momentum: float = 0.0
     centered: bool = False
 
-    elementwise: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), alpha=(0, 1), weight_decay=(0, 1), momentum=(0, 1))
         check_eps(self, self.eps)
@@ -42,14 +40,20 @@ class RMSprop:
         return zeros(param, "square", *(name for name, used in names.items() if used))
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, _layers: Layers
+        self,
+        param: Array,
+        _grad: Array,
+        state: dict[str, Array],
+        step: int,
+        _layers: Layers,
+        averages: Averages,
     ) -> None:
         """Make one step in place, block by block."""
         xp, lr = namespace(param), rate(self, self.lr, step)
         alpha, momentum, decay = float(self.alpha), float(self.momentum), float(self.weight_decay)
         root = math.sqrt(1 - alpha)  # sqrt(s) is root sqrt(square)
-        for part in blocks(param):
-            p, g, square = param[part], grad[part], state["square"][part]
+        for part, g in averages:
+            p, square = param[part], state["square"][part]
             if decay:
                 g += decay * p
             square *= alpha

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from mpidl.array import blocks, namespace
+from mpidl.array import namespace
 from mpidl.errors import InvalidArgument
 from mpidl.optim.base import check, rate, zeros
 
 if TYPE_CHECKING:
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.optim.base import Layers, Rate
 
 
@@ -28,8 +28,6 @@ class SGD:
     weight_decay: float = 0.0
     nesterov: bool = False
 
-    elementwise: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, 1))
         if self.nesterov and not self.momentum:
@@ -40,14 +38,20 @@ class SGD:
         return zeros(param, "velocity") if self.momentum else {}
 
     def update(
-        self, param: Array, grad: Array, state: dict[str, Array], step: int, _layers: Layers
+        self,
+        param: Array,
+        _grad: Array,
+        state: dict[str, Array],
+        step: int,
+        _layers: Layers,
+        averages: Averages,
     ) -> None:
         """Make one step in place, block by block, so that each byte is touched while in cache."""
         xp, velocity = namespace(param), state.get("velocity")
         lr = rate(self, self.lr, step)
         momentum, decay = float(self.momentum), float(self.weight_decay)
-        for part in blocks(param):
-            p, g = param[part], grad[part]
+        for part, g in averages:
+            p = param[part]
             if decay:
                 g += decay * p
             if velocity is None:

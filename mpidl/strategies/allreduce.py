@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.world import World
 
 
@@ -25,6 +25,8 @@ class AllReduce:
     A GPU array is handed over as it is where MPI is CUDA-aware, else through pinned memory.
     """
 
+    shared: ClassVar[bool] = False
+
     def __init__(self, world: World) -> None:
         self.world, self.staging = world, Staging()
 
@@ -32,13 +34,19 @@ class AllReduce:
         """Return zeroed private arrays (size,)."""
         return private(size, dtype, xp)
 
-    def reduce(self, grad: Array, weight: float) -> slice:
-        """Replace `grad` (n,) by the weighted sum over ranks. Collective. Owns all of it."""
-        for chunk in self.staging.chunks(grad):
-            chunk *= weight
-            with self.staging.host(chunk) as buffer:
-                self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
-        return slice(0, grad.size)
+    def owned(self, size: int) -> slice:
+        """Return all of it."""
+        return slice(0, size)
+
+    def reduce(self, grad: Array, weight: float) -> Averages:
+        """Sum the weighted `grad` (n,) in place, chunk by chunk. Collective."""
+        for part in self.staging.chunks(grad):
+            if self.world.size > 1:
+                chunk = grad[part]
+                chunk *= weight
+                with self.staging.host(chunk) as buffer:
+                    self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
+            yield part, grad[part]
 
     def share(self, param: Array) -> None:
         """Nothing to send: every rank made the same update."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mpidl.array import aligned_zeros
 
@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
 
 
 class Strategy(Protocol):
     """One small final class; it never inherits from another strategy. Made as `Class(world)`."""
+
+    #: Whether the ranks of a node have one parameter array, which users then must not write to.
+    shared: ClassVar[bool]
 
     def allocate(self, size: int, dtype: np.dtype[Any], xp: Any) -> tuple[Array, Array]:
         """Return the parameter and the gradient array (size,), zeroed. Collective.
@@ -24,16 +27,27 @@ class Strategy(Protocol):
         They lie in the memory the strategy works best in. `xp` is numpy or cupy.
         """
 
-    def reduce(self, grad: Array, weight: float) -> slice:
-        """Replace `grad` (n,) by the sum over ranks of weight x grad. Collective.
+    def owned(self, size: int) -> slice:
+        """Return the part of arrays (size,) that this rank averages and updates. Not collective.
 
-        The weights of all ranks add up to 1, so that the sum is the mean over samples. Returns
-        the part this rank now owns; only there is `grad` sure to hold the mean. The owned parts
-        of all ranks cover the array.
+        The owned parts of all ranks cover the array.
+        """
+
+    def reduce(self, grad: Array, weight: float) -> Averages:
+        """Yield the sum over ranks of weight x grad, piece by piece. Collective.
+
+        `grad` (n,) is an array that `allocate` returned; what it holds afterwards is undefined.
+        The weights of all ranks add up to 1, so that the sum is the mean over samples.
+        Each piece is a slice of `grad` and the mean there, an array of the slice's length: to be
+        used while it is in cache, at will, until the next one. They cover the owned part, in
+        order. The generator must be run to its end.
         """
 
     def share(self, param: Array) -> None:
-        """Publish the owned parts of `param` (n,), after their owners updated them. Collective."""
+        """Publish the owned parts of `param` (n,), after their owners updated them. Collective.
+
+        From here on every rank reads the same values, and may write to its gradient again.
+        """
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
         """Return sums over the whole array, given `values` (k,) over this rank's part. Collective.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpidl.errors import InvalidArgument
 from mpidl.staging import Staging
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.world import World
 
 
@@ -27,6 +27,8 @@ class ParameterServer:
     Raises InvalidArgument unless 1 <= servers <= ranks.
     """
 
+    shared: ClassVar[bool] = False
+
     def __init__(self, world: World, servers: int = 1) -> None:
         if not 1 <= servers <= world.size:
             raise InvalidArgument(
@@ -38,26 +40,30 @@ class ParameterServer:
         """Return zeroed private arrays (size,)."""
         return private(size, dtype, xp)
 
-    def reduce(self, grad: Array, weight: float) -> slice:
-        """Sum the weighted `grad` (n,) at the servers, each its part. Collective."""
-        owned = slice(0, 0)
-        for root, part in self._parts(grad.size):
+    def owned(self, size: int) -> slice:
+        """Return the part of a server, and nothing for the others."""
+        parts = self._parts(size)
+        return next((part for root, part in parts if root == self.world.rank), slice(0, 0))
+
+    def reduce(self, grad: Array, weight: float) -> Averages:
+        """Sum the weighted `grad` (n,) at the servers, in place, chunk by chunk. Collective."""
+        for root, whole in self._parts(grad.size):
             mine = root == self.world.rank
-            if mine:
-                owned = part
-            for chunk in self.staging.chunks(grad[part]):
+            for part in self._chunks(grad, whole):
+                chunk = grad[part]
                 chunk *= weight
                 with self.staging.host(chunk, write=mine) as buffer:
                     send, receive = (self.world.MPI.IN_PLACE, buffer) if mine else (buffer, None)
                     self.world.comm.Reduce(send, receive, root=root)
-        return owned
+                if mine:
+                    yield part, chunk
 
     def share(self, param: Array) -> None:
         """Broadcast every server's part of `param` (n,). Collective."""
-        for root, part in self._parts(param.size):
+        for root, whole in self._parts(param.size):
             mine = root == self.world.rank
-            for chunk in self.staging.chunks(param[part]):
-                with self.staging.host(chunk, read=mine, write=not mine) as buffer:
+            for part in self._chunks(param, whole):
+                with self.staging.host(param[part], read=mine, write=not mine) as buffer:
                     self.world.comm.Bcast(buffer, root=root)
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
@@ -67,6 +73,11 @@ class ParameterServer:
     def close(self) -> None:
         """Give the pinned memory back."""
         self.staging.close()
+
+    def _chunks(self, array: Array, whole: slice) -> Iterator[slice]:
+        """Cut the part `whole` of an array (n,) into slices for one MPI call each."""
+        for part in self.staging.chunks(array[whole]):
+            yield slice(whole.start + part.start, whole.start + part.stop)
 
     def _parts(self, size: int) -> Iterator[tuple[int, slice]]:
         """Yield each server's rank and its part of an array (size,)."""

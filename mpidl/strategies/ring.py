@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Averages
     from mpidl.world import World
 
 RECEIVES = 2  # posted ahead: one fills while the other is added
@@ -33,6 +33,8 @@ class Ring:
     so all links are busy all the time. The order of each sum is fixed: same bits in every run.
     """
 
+    shared: ClassVar[bool] = False
+
     def __init__(self, world: World, chunk_bytes: int = 1 << 20) -> None:
         if chunk_bytes < 64:
             raise InvalidArgument(f"chunk_bytes={chunk_bytes}: expected 64 or more")
@@ -42,14 +44,16 @@ class Ring:
         """Return zeroed private arrays (size,)."""
         return private(size, dtype, xp)
 
-    def reduce(self, grad: Array, weight: float) -> slice:
-        """Replace `grad` (n,) by the weighted sum over ranks. Collective. Owns all of it."""
+    def owned(self, size: int) -> slice:
+        """Return all of it."""
+        return slice(0, size)
+
+    def reduce(self, grad: Array, weight: float) -> Averages:
+        """Sum the weighted `grad` (n,) in place. Collective."""
         if self.world.size > 1:
             with self.staging.host(grad) as buffer:
                 self._round(buffer, weight)
-        elif weight != 1:
-            grad *= weight
-        return slice(0, grad.size)
+        yield slice(0, grad.size), grad
 
     def share(self, param: Array) -> None:
         """Nothing to send: every rank made the same update."""

@@ -39,7 +39,7 @@ def test_in_ranks(mpi: str, ranks: int, tmp_path: Path) -> None:
         pytest.fail(str(result), pytrace=False)
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "ring", "parameter_server"])
+@pytest.mark.parametrize("strategy", ["allreduce", "ring", "parameter_server", "sharded"])
 def test_digits(mpi: str, strategy: str) -> None:
     options = ("--device", "cuda", "--strategy", strategy, "--epochs", "12")
     result = job.run(mpi, 2, "examples/digits_mlp.py", *options)

@@ -32,6 +32,7 @@ def test_json(mpi: str) -> None:
     assert os.path.samefile(facts["launcher"], job.LAUNCHERS[mpi])  # noqa: PTH121
     assert facts["thread_level"] == "multiple", found
     assert facts["ranks_per_node"].startswith("2 of 2"), found
+    assert facts["strategy"] == "hierarchical (one node, whose ranks share memory)", found
     assert 1 <= facts["cores"] <= len(os.sched_getaffinity(0)), found
     assert facts["inside"] == [], found
     assert facts["omp_num_threads"] is None, found

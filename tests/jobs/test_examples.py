@@ -164,7 +164,7 @@ def test_an_unknown_strategy(mpi: str) -> None:
     result = job.run(mpi, 2, DIGITS, "--strategy", "rong", timeout=20)
     assert result.status != 0, result
     assert result.seconds < 5, result
-    known = ", ".join(sorted(STRATEGIES))
+    known = ", ".join(sorted([*STRATEGIES, "auto"]))
     message = f"UnknownStrategy: every rank: unknown strategy 'rong'; known are: {known}"
     assert result.errors.count(message) == 1, result
     assert result.errors.count("mpidl: rank 0 of 2") == result.errors.count("mpidl: rank"), result

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import job
-from tests.conftest import MPI_LIBRARIES
+from tests.conftest import MPI_LIBRARIES, SHARED_MEMORY, maps_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,3 +137,13 @@ def test_as_an_ordinary_user(mpi: str, nobodys_home: Path) -> None:
     command = (*python, "-m", "mpidl", "run", "-n", "2", job.script(nobodys_home, TRAIN))
     result = job.execute(mpi, *command, cwd=nobodys_home, HOME=home, TMPDIR=home)
     assert [line.split(":")[0] for line in lines(result)] == ["0 of 2", "1 of 2"], result
+
+
+def test_without_a_launcher_nothing_stays_in_shared_memory(mpi: str) -> None:
+    """Open MPI would leave 16 MiB there after each such run."""
+    before = set(SHARED_MEMORY.iterdir())
+    code = "import mpidl; print(mpidl.init().size)"
+    result = job.execute(mpi, sys.executable, "-c", code)
+    assert (result.status, result.output) == (0, "1\n"), result
+    in_use = "".join(maps_of(process) for process in Path("/proc").glob("[0-9]*"))
+    assert [f for f in set(SHARED_MEMORY.iterdir()) - before if str(f) not in in_use] == []

@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 
 import mpidl
+from mpidl import strategies
 from mpidl.array import device_namespace
 from tests import stand_in
 from tests.conftest import SEED
 
 DEVICE = os.environ["MPIDL_TEST_DEVICE"]
+#: Those that work on the device under test.
+STRATEGIES = {
+    name: kind
+    for name, kind in strategies.STRATEGIES.items()
+    if DEVICE == "cpu" or name != "hierarchical"  # it shares host memory
+}
 if DEVICE == "stand-in":
     stand_in.install()
 

@@ -12,7 +12,7 @@ from mpidl import nn, optim
 from mpidl.array import to_numpy
 from mpidl.autograd import Tensor
 from mpidl.errors import InvalidArgument, MissingBackward, NonFiniteGradient, RankMismatch
-from mpidl.strategies import STRATEGIES
+from tests.ranks.conftest import STRATEGIES
 from tests.ranks.test_parallel import Scale, make_data, make_model, weights_of
 
 

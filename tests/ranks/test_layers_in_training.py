@@ -44,8 +44,8 @@ def test_synchronized_batch_norm_equals_one_process(
             nn.cross_entropy(alone(x), y).backward()
             for name, p in alone.named_parameters().items():
                 state = states.setdefault(name, sgd.init(p.data.reshape(-1)))
-                layers = optim.Layers((), np.array)
-                sgd.update(p.data.reshape(-1), p.grad.reshape(-1), state, 0, layers)
+                flat, layers = (p.data.reshape(-1), p.grad.reshape(-1)), optim.Layers((), np.array)
+                sgd.update(*flat, state, 0, layers, iter([(slice(None), flat[1])]))
                 p.zero_grad()
     model = make(xp, nn.BatchNorm1d(8, sync=True))
     fit(model, train, batch, seed=1)

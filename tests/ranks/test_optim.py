@@ -22,7 +22,8 @@ from mpidl.errors import (
     RankMismatch,
 )
 from mpidl.optim import schedules
-from mpidl.strategies import STRATEGIES, ParameterServer
+from mpidl.strategies import ParameterServer
+from tests.ranks.conftest import STRATEGIES
 from tests.ranks.test_parallel import (
     DEVICE_OF,
     TOLERANCES,
@@ -107,7 +108,6 @@ def together(
         nn.cross_entropy(model(x), y).backward()
         replica.step()
     replica.flush()
-    replica.close()
     return weights_of(model), replica
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import mpidl
 from mpidl import abort, data, nn, optim
-from mpidl.array import to_numpy
+from mpidl.array import Averages, to_numpy
 from mpidl.autograd import Tensor, no_grad
 from mpidl.errors import (
     AutogradError,
@@ -21,7 +21,8 @@ from mpidl.errors import (
     RankMismatch,
     UnsupportedDtype,
 )
-from mpidl.strategies import STRATEGIES, AllReduce
+from mpidl.strategies import AllReduce
+from tests.ranks.conftest import STRATEGIES
 
 DEVICE_OF = {"numpy": "cpu", "cupy": "cuda"}
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
@@ -305,7 +306,7 @@ def test_weights_reach_the_strategy_as_python_floats(world: mpidl.World) -> None
         def __getattr__(self, name: str) -> Any:
             return getattr(self.inner, name)
 
-        def reduce(self, grad: Any, weight: float) -> slice:
+        def reduce(self, grad: Any, weight: float) -> Averages:
             seen.append(type(weight))
             return self.inner.reduce(grad, weight)
 

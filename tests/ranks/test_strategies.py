@@ -12,7 +12,8 @@ import pytest
 import mpidl
 from mpidl.array import to_numpy
 from mpidl.errors import InvalidArgument, RankMismatch, UnknownStrategy
-from mpidl.strategies import STRATEGIES, ParameterServer, Ring, Strategy, make
+from mpidl.strategies import ParameterServer, Ring, Strategy, make
+from tests.ranks.conftest import STRATEGIES
 
 RANKS = mpidl.init().size
 VARIANTS: dict[str, Callable[[mpidl.World], Strategy]] = {
@@ -37,6 +38,20 @@ def skip_many_messages(strategy: Strategy, length: int) -> None:
         pytest.skip("the shorter lengths cover chunks of 64 bytes; this is 125,000 messages")
 
 
+def reduced(strategy: Strategy, grad: Any, weight: float) -> slice:
+    """Put the mean into the owned part, and return that; no gaps, and each once."""
+    owned = strategy.owned(grad.size)
+    end = owned.start
+    for part, mean in strategy.reduce(grad, weight):
+        assert part.start == end
+        assert mean.shape == (part.stop - part.start,)
+        assert mean.dtype == grad.dtype
+        grad[part] = mean
+        end = part.stop
+    assert end == owned.stop
+    return owned
+
+
 def shares_of(world: mpidl.World, own: np.random.Generator) -> list[float]:
     """Weights that add up to 1, all different; rank 0 has none where others have some."""
     mine = float(own.uniform(0.5, 2)) if world.rank or world.size == 1 else 0.0
@@ -54,7 +69,7 @@ def test_owned_part_holds_the_weighted_mean(
     local = own.standard_normal(n).astype(dtype)
     _, grad = strategy.allocate(n, np.dtype(dtype), xp)
     grad[:] = xp.asarray(local)
-    owned = strategy.reduce(grad, weights[world.rank])
+    owned = reduced(strategy, grad, weights[world.rank])
     expected = sum(
         w * np.float64(part) for w, part in zip(weights, world.gather(local), strict=True)
     )
@@ -69,7 +84,7 @@ def test_owned_parts_cover_the_vector(
 ) -> None:
     skip_many_messages(strategy, n)
     _, grad = strategy.allocate(n, np.dtype("float32"), xp)
-    owned = strategy.reduce(grad, 1 / world.size)
+    owned = reduced(strategy, grad, 1 / world.size)
     covered = np.zeros(n, bool)
     for part in world.gather(owned):
         covered[part] = True
@@ -82,7 +97,7 @@ def test_share_publishes_what_the_owners_wrote(
 ) -> None:
     skip_many_messages(strategy, n)
     param, grad = strategy.allocate(n, np.dtype("float64"), xp)
-    owned = strategy.reduce(grad, 1 / world.size)
+    owned = reduced(strategy, grad, 1 / world.size)
     new = rng.standard_normal(n)
     param[owned] = xp.asarray(new[owned])
     strategy.share(param)
@@ -94,7 +109,7 @@ def test_total_counts_each_element_once(
 ) -> None:
     values = rng.standard_normal(1001)
     _, grad = strategy.allocate(1001, np.dtype("float64"), xp)
-    owned = strategy.reduce(grad, 1 / world.size)
+    owned = reduced(strategy, grad, 1 / world.size)
     found = strategy.total([float(values[owned].sum()), float(len(values[owned]))])
     np.testing.assert_allclose(found, [values.sum(), 1001], rtol=1e-12)
 
@@ -109,12 +124,28 @@ def test_same_bits_in_every_run_and_on_every_owner(
     for _ in range(3):
         param, grad = strategy.allocate(n, np.dtype("float32"), xp)
         grad[:] = xp.asarray(local)
-        owned = strategy.reduce(grad, 1 / world.size)
+        owned = reduced(strategy, grad, 1 / world.size)
         param[owned] = grad[owned]
         strategy.share(param)
         outcomes.append(to_numpy(param).tobytes())
     assert len(set(outcomes)) == 1
     assert len(set(world.gather(outcomes[0]))) == 1
+
+
+def test_arrays_of_two_dtypes_take_turns(
+    strategy: Strategy, world: mpidl.World, own: np.random.Generator, xp: Any
+) -> None:
+    made = {dtype: strategy.allocate(1024, np.dtype(dtype), xp) for dtype in TOLERANCES}
+    for _ in range(2):
+        for dtype, (param, grad) in made.items():
+            local = own.standard_normal(1024).astype(dtype)
+            grad[:] = xp.asarray(local)
+            owned = reduced(strategy, grad, 1 / world.size)
+            expected = np.mean(world.gather(local), axis=0, dtype=np.float64)
+            np.testing.assert_allclose(
+                to_numpy(grad)[owned], expected[owned], rtol=0, atol=4 * TOLERANCES[dtype]
+            )
+            strategy.share(param)
 
 
 def test_arrays_are_zeroed_and_apart(strategy: Strategy, xp: Any) -> None:
@@ -130,7 +161,7 @@ def test_servers_own_equal_parts_on_ranks_spread_evenly(world: mpidl.World, xp: 
     for servers in range(1, world.size + 1):
         strategy = ParameterServer(world, servers)
         _, grad = strategy.allocate(1000, np.dtype("float32"), xp)
-        parts = world.gather(strategy.reduce(grad, 1 / world.size))
+        parts = world.gather(reduced(strategy, grad, 1 / world.size))
         lengths = [part.stop - part.start for part in parts if part.stop > part.start]
         assert len(lengths) == servers
         assert max(lengths) - min(lengths) <= 1
@@ -146,7 +177,8 @@ def test_number_of_servers_is_checked(world: mpidl.World) -> None:
 
 def test_unknown_name_is_raised_on_every_rank(world: mpidl.World) -> None:
     wrong = "smoke signals" if world.rank == world.size - 1 else "ring"
-    with pytest.raises(UnknownStrategy, match=r"smoke signals.*allreduce, parameter_server, ring"):
+    known = "allreduce, auto, hierarchical, parameter_server, ring, sharded"
+    with pytest.raises(UnknownStrategy, match=f"smoke signals.*{known}"):
         make(wrong, world)
 
 
@@ -159,7 +191,7 @@ def test_ranks_must_name_the_same(world: mpidl.World) -> None:
 
 def test_an_instance_is_taken_as_it_is(world: mpidl.World) -> None:
     ring = Ring(world)
-    assert make(ring, world) is ring
+    assert make(ring, world).strategy is ring
 
 
 def test_options_must_be_the_same(world: mpidl.World) -> None:
@@ -186,7 +218,7 @@ def test_a_strategy_may_know_its_rank(world: mpidl.World) -> None:
             self.option, self.rank = option, world.rank
 
     strategy = Mine(world, 1)
-    assert make(strategy, world) is strategy  # type: ignore[arg-type,comparison-overlap]
+    assert make(strategy, world).strategy is strategy  # type: ignore[arg-type,comparison-overlap]
     if world.size > 1:
         with pytest.raises(
             RankMismatch, match=r"Mine\(option=1\), but rank 0 has Mine\(option=0\)"

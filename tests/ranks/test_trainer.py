@@ -14,7 +14,7 @@ import mpidl
 from mpidl import data, nn, optim
 from mpidl.array import to_numpy
 from mpidl.errors import BatchTooLarge, InvalidArgument, RankMismatch
-from mpidl.strategies import STRATEGIES
+from tests.ranks.conftest import STRATEGIES
 from tests.ranks.test_parallel import DEVICE_OF, make_data, make_model, train_alone, weights_of
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from mpidl import config
@@ -14,6 +16,9 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*SIZES, "SLURM_NTASKS", "MPIDL_CUDA_AWARE", "MPIDL_TERMINAL"):
         monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith(("PMIX_", "PMI_", "OMPI_COMM_")):
+            monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("value", ["auto", "yes", "no"])
@@ -69,3 +74,21 @@ def test_the_width_of_the_terminal(
     assert config.terminal_width() is None
     monkeypatch.setenv("MPIDL_TERMINAL", value)
     assert config.terminal_width() == width
+
+
+@pytest.mark.parametrize("name", ["PMIX_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", None])
+def test_launched(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name:
+        monkeypatch.setenv(name, "0")
+    assert config.launched() is (name is not None)
+
+
+def test_a_setting_is_for_its_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPIDL_TEST_SETTING", raising=False)
+    with config.setting("MPIDL_TEST_SETTING", "a"):
+        assert os.environ["MPIDL_TEST_SETTING"] == "a"
+    assert "MPIDL_TEST_SETTING" not in os.environ
+    monkeypatch.setenv("MPIDL_TEST_SETTING", "the user's")
+    with config.setting("MPIDL_TEST_SETTING", "a"):
+        assert os.environ["MPIDL_TEST_SETTING"] == "the user's"
+    assert os.environ["MPIDL_TEST_SETTING"] == "the user's"

@@ -124,7 +124,8 @@ def train(model: nn.Module, optimizer: Any, batches: list[Any]) -> list[Any]:
         loss.backward()
         for p, data, state in zip(model.parameters(), flat, states, strict=True):
             layers = optim.Layers([slice(None)], lambda values: np.array(values, np.float64))
-            optimizer.update(data, p.grad.reshape(-1), state, step, layers)
+            grad = p.grad.reshape(-1)
+            optimizer.update(data, grad, state, step, layers, iter([(slice(None), grad)]))
             p.zero_grad()
         losses.append(loss.data)
     return losses

@@ -136,11 +136,12 @@ def test_optimizers_on_the_device(
     for step in range(3):
         grad = rng.normal(size=ends[-1]).astype(dtype)
         on_device = device(grad)
-        optimizer.update(host, grad, states[0], step, layers)
+        optimizer.update(host, grad, states[0], step, layers, iter([(slice(None), grad)]))
         before = counts()
-        optimizer.update(there, on_device, states[1], step, layers)
+        averages = iter([(slice(None), on_device)])
+        optimizer.update(there, on_device, states[1], step, layers, averages)
         # two norms of each parameter decide upon its rate, on the host: they travel together
-        waits = 0 if optimizer.elementwise else 1
+        waits = int(kind in (optim.LARS, optim.LAMB))
         assert [now - then for now, then in zip(counts(), before, strict=True)] == [waits] * 2
         assert_same(there, host)
     assert states[0].keys() == states[1].keys()

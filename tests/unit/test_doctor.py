@@ -22,6 +22,8 @@ FOUND = {
     "nodes": 1,
     "thread_level": "multiple",
     "cuda_aware": "no",
+    "strategy": "hierarchical (why)",
+    "warnings": [],
     "allreduce_works": True,
 }
 
@@ -57,6 +59,14 @@ def test_two_ranks_that_work(probe) -> None:
     assert report.facts["thread_level"] == "multiple"
     assert report.facts["ranks_per_node"] == "2 of 2 in a trial run"
     assert report.facts["cuda_aware"] == "no"
+    assert report.facts["strategy"] == "hierarchical (why)"
+
+
+def test_warnings_of_a_rank_become_advice(probe) -> None:
+    probe(says(warnings=["no shared memory: run as one user"]))
+    report = doctor.examine()
+    assert report.healthy
+    assert report.advice == ["no shared memory: run as one user"]
 
 
 def test_a_low_thread_level_is_no_problem_but_advice(probe) -> None:

@@ -24,6 +24,7 @@ LEVELS = {
     "abort": 1,
     "autograd": 1,
     "mpi": 1,
+    "shared": 1,
     "world": 1,
     "data": 2,
     "functional": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpidl import optim
-from mpidl.array import CACHE_BLOCK_BYTES
+from mpidl.array import CACHE_BLOCK_BYTES, blocks
 from mpidl.errors import InvalidArgument
 from mpidl.optim import SGD, Adagrad, Adam, AdamW, Layers, RMSprop, schedules
 from tests.unit.optimizers import CASES, IDS, REFERENCES
@@ -19,7 +20,6 @@ from tests.unit.optimizers import CASES, IDS, REFERENCES
 LARGE = 2 * CACHE_BLOCK_BYTES // 8 + 3  # more than two blocks of float64
 SIZES = [[0], [1], [7, 0, 12], [5, LARGE, 3]]
 STEPS = 5
-ELEMENTWISE = [case for case in CASES if case[0].elementwise]
 every = pytest.mark.parametrize(("kind", "options"), CASES, ids=IDS)
 
 
@@ -34,8 +34,13 @@ def run(optimizer: Any, param: np.ndarray, grads: np.ndarray, layers: Layers) ->
     param = param.copy()
     state = optimizer.init(param)
     for step, g in enumerate(grads):
-        optimizer.update(param, g.copy(), state, step, layers)
+        optimizer.update(param, np.empty_like(g), state, step, layers, whole(g.copy()))
     return param
+
+
+def whole(grad: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the gradient as `Update` does: in blocks."""
+    yield from ((part, grad[part]) for part in blocks(grad))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -55,10 +60,6 @@ def test_five_steps(
     np.testing.assert_allclose(found, np.concatenate(expected), rtol=tolerance, atol=tolerance)
 
 
-def test_those_that_look_at_norms_are_not_elementwise() -> None:
-    assert {kind for kind in REFERENCES if not kind.elementwise} == {optim.LARS, optim.LAMB}
-
-
 @pytest.mark.parametrize("start", [0.0, 1.0])
 @every
 def test_parameters_may_start_from_zeros(
@@ -75,21 +76,29 @@ def test_parameters_may_start_from_zeros(
     assert (found[:4] != 0).all()
 
 
-@pytest.mark.parametrize(("kind", "options"), ELEMENTWISE)
-def test_pieces_updated_alone_make_the_same_bits(
+@every
+def test_the_gradient_may_come_in_any_pieces(
     kind: type, options: dict, rng: np.random.Generator
 ) -> None:
+    """Each is there until the next one is asked for; the bits are those of the whole."""
     param = rng.standard_normal(LARGE).astype(np.float32)
     grads = rng.standard_normal((STEPS, LARGE)).astype(np.float32)
+    layers, optimizer = layers_of([5, LARGE - 5]), kind(**options)
     ends = [0, *sorted(map(int, rng.integers(0, LARGE + 1, 3))), LARGE]
-    whole, layers = run(kind(**options), param, grads, layers_of([LARGE])), layers_of([LARGE])
-    optimizer = kind(**options)
+    expected = run(optimizer, param, grads, layers)
     state = optimizer.init(param)
     for step, g in enumerate(grads):
-        for a, b in pairwise(ends):
-            pieces = {name: array[a:b] for name, array in state.items()}
-            optimizer.update(param[a:b], g[a:b], pieces, step, layers)
-    np.testing.assert_array_equal(param, whole)
+
+        def averages() -> Iterator[tuple[slice, np.ndarray]]:
+            for a, b in pairwise(ends):
+                piece = g[a:b].copy()  # noqa: B023
+                yield slice(a, b), piece
+                piece.fill(np.nan)
+
+        coming = averages()
+        optimizer.update(param, np.full_like(g, np.nan), state, step, layers, coming)
+        assert next(coming, None) is None
+    np.testing.assert_array_equal(param, expected)
 
 
 @every
@@ -101,7 +110,7 @@ def test_the_update_is_in_place(kind: type, options: dict, rng: np.random.Genera
     state = optimizer.init(param)
     before, param_before = copy.deepcopy(state), param.copy()
     kept = dict(state)
-    optimizer.update(param, grad, state, 0, layers_of([9]))
+    optimizer.update(param, grad, state, 0, layers_of([9]), whole(grad))
     assert (param != param_before).all()
     for name, array in state.items():
         assert array is kept[name]
@@ -115,7 +124,8 @@ def test_elements_without_a_gradient_stay_zero(kind: type, options: dict) -> Non
     param, optimizer = np.zeros(4, np.float32), kind(**options)
     state = optimizer.init(param)
     for step in range(3):
-        optimizer.update(param, np.zeros(4, np.float32), state, step, layers_of([4]))
+        zeros = np.zeros(4, np.float32)
+        optimizer.update(param, zeros, state, step, layers_of([4]), whole(zeros))
     np.testing.assert_array_equal(param, np.zeros(4))
 
 
@@ -142,7 +152,8 @@ def test_numpy_numbers_as_options(kind: type, options: dict, rng: np.random.Gene
 def test_a_rate_of_0_changes_nothing(kind: type, options: dict, rng: np.random.Generator) -> None:
     param = rng.standard_normal(5)
     before, optimizer = param.copy(), kind(**{**options, "lr": 0})
-    optimizer.update(param, rng.standard_normal(5), optimizer.init(param), 0, layers_of([5]))
+    grad, state = rng.standard_normal(5), optimizer.init(param)
+    optimizer.update(param, grad, state, 0, layers_of([5]), whole(grad))
     np.testing.assert_array_equal(param, before)
 
 
@@ -156,7 +167,8 @@ def test_the_rate_may_be_a_schedule(kind: type, options: dict, rng: np.random.Ge
     state = optimizer.init(expected)
     for step, g in enumerate(grads):
         optimizer.lr = rates[step]
-        optimizer.update(expected, g.copy(), state, step, layers_of([6]))
+        grad = g.copy()
+        optimizer.update(expected, grad, state, step, layers_of([6]), whole(grad))
     np.testing.assert_array_equal(found, expected)
     assert (found != param).all()
 
@@ -164,15 +176,22 @@ def test_the_rate_may_be_a_schedule(kind: type, options: dict, rng: np.random.Ge
 @pytest.mark.parametrize("bad", [-0.1, np.nan, np.inf])
 @every
 def test_rates_that_cannot_be(kind: type, options: dict, bad: float) -> None:
+    """They are told before the gradients are averaged, and so on every rank."""
+
+    def never() -> Iterator[tuple[slice, np.ndarray]]:
+        raise AssertionError("a rank began to average")
+        yield
+
     with pytest.raises(InvalidArgument, match=rf"{kind.__name__} lr={bad}: expected 0 <= lr < inf"):
         kind(**{**options, "lr": bad})
     optimizer = kind(**{**options, "lr": lambda t: bad if t == 2 else 0.1})
     param = np.ones(3)
     state = optimizer.init(param)
-    optimizer.update(param, np.ones(3), state, 1, layers_of([3]))
+    grad = np.ones(3)
+    optimizer.update(param, grad, state, 1, layers_of([3]), whole(grad))
     before = param.copy()
     with pytest.raises(InvalidArgument, match=rf"{kind.__name__} lr at step 2 is {bad} by <func"):
-        optimizer.update(param, np.ones(3), state, 2, layers_of([3]))
+        optimizer.update(param, np.ones(3), state, 2, layers_of([3]), never())
     np.testing.assert_array_equal(param, before)
 
 

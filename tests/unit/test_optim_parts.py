@@ -11,7 +11,7 @@ from mpidl.accumulation import Accumulation
 from mpidl.array import CACHE_BLOCK_BYTES
 from mpidl.bucket import Bucket
 from mpidl.errors import InvalidArgument, MissingBackward, NonFiniteGradient
-from mpidl.optim import SGD, Adam, Layers, Optimizer
+from mpidl.optim import SGD, Layers
 from mpidl.optim.base import square_sum
 from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign
@@ -118,11 +118,6 @@ def test_the_first_pattern_that_matches_counts() -> None:
 def test_groups_that_cannot_be(groups: Any, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         assign(groups, NAMES)
-
-
-def test_every_optimizer_tells_whether_it_is_elementwise() -> None:
-    made: list[Optimizer] = [SGD(1), Adam()]
-    assert all(optimizer.elementwise for optimizer in made)
 
 
 def buckets_of(*grads: np.ndarray) -> list[Bucket]:

@@ -30,7 +30,7 @@ def test_a_log_file_gets_a_line_every_few_seconds(
     with progress.make(10, shown=True) as shown:
         for clock.now in (102.0, 104.0, 106.0, 108.0):  # of these, 106 is the first past 5 s
             shown.step(600)
-        shown.epoch("epoch 1 of 1: loss 0.5")
+        shown.line("epoch 1 of 1: loss 0.5")
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "step 3 of 10, 300 samples/s\nepoch 1 of 1: loss 0.5\n"
@@ -54,7 +54,7 @@ def test_silence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
     with progress.make(2, shown=False) as shown:
         shown.step(8)
-        shown.epoch("epoch 1")
+        shown.line("epoch 1")
     assert capsys.readouterr() == ("", "")
 
 
@@ -70,7 +70,7 @@ def bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         with progress.make(steps, shown=True) as shown:
             for _ in range(steps):
                 shown.step(8)
-            shown.epoch(text)
+            shown.line(text)
         out, err = capsys.readouterr()
         assert out == ""
         return err

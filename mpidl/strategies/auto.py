@@ -1,0 +1,27 @@
+"""The strategy "auto": what to take where, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpidl.world import World
+
+SMALL_BYTES = 1 << 12  # measured: below, MPI_Allreduce takes less time
+FALLBACK = "sharded"  # where a node's memory cannot be shared: it moves as few bytes, and owns 1/P
+
+
+def choose(world: World, size: int, *, on_device: bool) -> tuple[str, str]:
+    """Return the name of a strategy, and the reason, for `size` bytes of parameters.
+
+    The same on every rank. Not collective.
+    """
+    if world.size == 1:
+        return "allreduce", "one rank, nothing to average"
+    if on_device:
+        return "allreduce", "the model is on the GPU"
+    if world.nodes > 1:
+        return "allreduce", f"{world.nodes} nodes"
+    if size < SMALL_BYTES:
+        return "allreduce", f"one node, but only {size / 1e3:.1f} kB of parameters"
+    return "hierarchical", "one node, whose ranks share memory"

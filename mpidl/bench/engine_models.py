@@ -1,4 +1,4 @@
-"""The models of `mpidl bench engine`, as functions that make one training step."""
+"""The models of `mpidl bench engine` and `step`, and what makes one training step of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl import functional, nn, optim
+from mpidl.array import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,17 +19,24 @@ if TYPE_CHECKING:
 RATE = 0.01
 PIXELS, HIDDEN, CLASSES = 784, 1024, 10
 WIDTH, HEADS, LENGTH, LETTERS = 128, 4, 128, 64
+WIDE = (1024, 8192, 4096)  # 42 million parameters
+ROWS = {"mlp": 128, "cnn": 32, "transformer": 16, "wide": 32}
 
 
-def batch(name: str) -> tuple[Array, Array]:
-    """Return the inputs and labels of one batch: random, and the same in both engines."""
-    rng = np.random.default_rng(0)
-    if name == "mlp":
-        return rng.standard_normal((128, PIXELS)).astype("f"), rng.integers(0, CLASSES, 128)
+def batch(name: str, rows: int | None = None, seed: int = 0) -> tuple[Array, Array]:
+    """Return the inputs and labels of one batch: random, and the same in both engines.
+
+    `rows` samples, by default those of `ROWS`.
+    """
+    rng = np.random.default_rng(seed)
+    n = ROWS[name] if rows is None else rows
+    if name in ("mlp", "wide"):
+        pixels = PIXELS if name == "mlp" else WIDE[0]
+        return rng.standard_normal((n, pixels)).astype("f"), rng.integers(0, CLASSES, n)
     if name == "cnn":
-        x = rng.standard_normal((32, 3, 32, 32)).astype("f")
-        return x, rng.integers(0, CLASSES, 32)
-    text = rng.integers(0, LETTERS, (2, 16, LENGTH))
+        x = rng.standard_normal((n, 3, 32, 32)).astype("f")
+        return x, rng.integers(0, CLASSES, n)
+    text = rng.integers(0, LETTERS, (2, n, LENGTH))
     return text[0], text[1].reshape(-1)
 
 
@@ -51,14 +59,15 @@ class Transformer(nn.Module):
 
 
 def model(name: str) -> nn.Module:
-    """Return the model `name` of `engine.MODELS`."""
-    if name == "mlp":
+    """Return the model `name` of `ROWS`."""
+    if name in ("mlp", "wide"):
+        pixels, first, second = (PIXELS, HIDDEN, HIDDEN) if name == "mlp" else WIDE
         return nn.Sequential(
-            nn.Linear(PIXELS, HIDDEN),
+            nn.Linear(pixels, first),
             nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN),
+            nn.Linear(first, second),
             nn.ReLU(),
-            nn.Linear(HIDDEN, CLASSES),
+            nn.Linear(second, CLASSES),
         )
     if name == "cnn":
         return nn.Sequential(
@@ -86,7 +95,8 @@ def in_mpidl(name: str) -> Step:
         functional.cross_entropy(network(x), y).backward()
         for p in parameters:
             flat = p.data.reshape(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
-            optimizer.update(*flat, {}, 0, layers)
+            pieces = ((part, flat[1][part]) for part in blocks(flat[1]))
+            optimizer.update(*flat, {}, 0, layers, pieces)
             p.zero_grad()
 
     return step

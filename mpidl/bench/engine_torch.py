@@ -1,4 +1,4 @@
-"""The models of `mpidl bench engine` in PyTorch eager, written as its users write them."""
+"""The models of `engine_models` in PyTorch eager, written as its users write them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mpidl.bench.engine_models import (
     LETTERS,
     PIXELS,
     RATE,
+    WIDE,
     WIDTH,
     batch,
 )
@@ -58,14 +59,15 @@ class Transformer(torch.nn.Module):  # type: ignore[misc]
 
 
 def model(name: str) -> Any:
-    """Return the model `name` of `engine.MODELS`."""
-    if name == "mlp":
+    """Return the model `name` of `engine_models.ROWS`."""
+    if name in ("mlp", "wide"):
+        pixels, first, second = (PIXELS, HIDDEN, HIDDEN) if name == "mlp" else WIDE
         return torch.nn.Sequential(
-            torch.nn.Linear(PIXELS, HIDDEN),
+            torch.nn.Linear(pixels, first),
             torch.nn.ReLU(),
-            torch.nn.Linear(HIDDEN, HIDDEN),
+            torch.nn.Linear(first, second),
             torch.nn.ReLU(),
-            torch.nn.Linear(HIDDEN, CLASSES),
+            torch.nn.Linear(second, CLASSES),
         )
     if name == "cnn":
         return torch.nn.Sequential(

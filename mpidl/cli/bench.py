@@ -3,31 +3,124 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from mpidl.bench import allreduce as allreduce_bench
 from mpidl.bench import engine as engine_bench
+from mpidl.bench import plots
+from mpidl.bench import scaling as scaling_bench
+from mpidl.bench import step as step_bench
+from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Report = dict[str, Any]
 
 app = typer.Typer(no_args_is_help=True, help="Measure mpidl against others, in one run, in turns.")
 
-
-@app.callback()
-def _main() -> None:
-    """Keep the names of the benchmarks, also while there is only one."""
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Turns: TypeAlias = Annotated[int, typer.Option(min=1, help="Measurements of each, in turns.")]
+Ranks: TypeAlias = Annotated[
+    int, typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks, on this machine.")
+]
+Plot: TypeAlias = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw the report: .png, .svg or .pdf.")
+]
 
 
 @app.command()
-def engine(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    turns: Annotated[int, typer.Option(min=1, help="Steps of each, taken in turns.")] = 25,
-) -> None:
+def engine(as_json: AsJson = False, turns: Turns = engine_bench.TURNS) -> None:
     """Compare the built-in engine with PyTorch eager (if installed), both on one thread.
 
     Step time of three models (medians), peak memory, and the time of an operation on 10 elements.
     """
-    report = engine_bench.run(turns)
+    _tell(_or_exit(partial(engine_bench.run, turns)), engine_bench.show, as_json)
+
+
+@app.command()
+def allreduce(
+    ranks: Ranks = 2,
+    sizes: Annotated[
+        str, typer.Option(help="Bytes of the gradient, in B, KiB, MiB or GiB.")
+    ] = allreduce_bench.SIZES,
+    as_json: AsJson = False,
+    plot: Plot = None,
+    turns: Turns = allreduce_bench.TURNS,
+) -> None:
+    """Compare the strategies with MPI_Allreduce, Gloo, Horovod and the memory's speed.
+
+    The time to average one gradient over all ranks, one thread each. Gloo is PyTorch's; what is
+    not installed is left out. A wrong mean ends the benchmark.
+    """
+    wanted = _or_exit(partial(allreduce_bench.parse_sizes, sizes))
+    _check_plot(plot)
+    report = _or_exit(partial(allreduce_bench.run, ranks, wanted, turns))
+    _tell(report, allreduce_bench.show, as_json)
+    if plot is not None:
+        plots.allreduce(report, plot)
+
+
+@app.command()
+def step(
+    ranks: Ranks = 2,
+    models: Annotated[str, typer.Option(help="Which, of these.")] = ",".join(step_bench.MODELS),
+    methods: Annotated[
+        str, typer.Option(help=f"Only these, of {', '.join(step_bench.METHODS)}.")
+    ] = "",
+    as_json: AsJson = False,
+    turns: Turns = step_bench.TURNS,
+) -> None:
+    """Compare whole training steps with the same steps without communication.
+
+    Every strategy, and PyTorch's DistributedDataParallel (if installed), one thread a rank; where
+    the time goes; and the memory that training the largest model takes on all ranks together.
+    """
+    names = [name for name in methods.split(",") if name] or None
+    report = _or_exit(partial(step_bench.run, ranks, models.split(","), turns, names))
+    _tell(report, step_bench.show, as_json)
+
+
+@app.command()
+def scaling(
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of ranks, on this machine.")
+    ] = scaling_bench.RANKS,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(step_bench.MODELS)}.")] = "mlp",
+    as_json: AsJson = False,
+    plot: Plot = None,
+    turns: Turns = scaling_bench.TURNS,
+) -> None:
+    """Train one model on more and more ranks: with one global batch, and with one on each rank."""
+    numbers = _or_exit(partial(scaling_bench.parse_ranks, ranks))
+    _check_plot(plot)
+    report = _or_exit(partial(scaling_bench.run, numbers, model, turns))
+    _tell(report, scaling_bench.show, as_json)
+    if plot is not None:
+        plots.scaling(report, plot)
+
+
+def _tell(report: Report, show: Callable[[Report], None], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
     else:
-        engine_bench.show(report)
+        show(report)
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None:
+        _or_exit(partial(plots.check, plot))
+
+
+def _or_exit(function: Callable[[], Any]) -> Any:
+    """Turn an error of ours into its text and exit status 1, or 2 where nothing was measured."""
+    try:
+        return function()
+    except MpidlError as error:
+        print(f"mpidl: {error}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, (InvalidArgument, MPINotFound)) else 1) from None

@@ -28,11 +28,27 @@ def test_engine_reports_every_model_and_chain() -> None:
         assert row["ratio"] == pytest.approx(row["mpidl_us"] / row["torch_us"])
 
 
-@pytest.mark.parametrize("name", engine.MODELS)
+@pytest.mark.parametrize("name", engine_models.ROWS)
 def test_the_models_are_the_same_in_both(name: str) -> None:
     mine, theirs = engine_models.model(name), engine_torch.model(name)
     shapes = sorted(p.shape for p in mine.parameters())
     assert shapes == sorted(tuple(p.shape) for p in theirs.parameters())
+
+
+def test_the_wide_model_has_42_million_parameters() -> None:
+    assert round(sum(p.size for p in engine_models.model("wide").parameters()) / 1e6) == 42
+
+
+@pytest.mark.parametrize("name", engine_models.ROWS)
+def test_batches_have_the_rows_asked_for(name: str) -> None:
+    usual, other = engine_models.batch(name), engine_models.batch(name, 3, seed=1)
+    assert (len(usual[0]), len(other[0])) == (engine_models.ROWS[name], 3)
+    assert len(usual[1]) / len(usual[0]) == len(other[1]) / len(other[0])
+    assert (usual[0][:3] != other[0]).any()
+
+
+@pytest.mark.parametrize("name", engine.MODELS)
+def test_the_steps_run_in_both(name: str) -> None:
     steps = engine_models.in_mpidl(name), engine_torch.in_torch(name)
     for step in steps:
         step()

@@ -1,0 +1,87 @@
+"""Reports as figures. Needs matplotlib, which is imported when one is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mpidl.bench.allreduce import write_size
+from mpidl.errors import InvalidArgument, MpidlError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def check(path: Path) -> None:
+    """Raise MpidlError without matplotlib, InvalidArgument for a file that it cannot write.
+
+    To be called before anything is measured.
+    """
+    formats = _figure(1)[0].canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        known = ", ".join(sorted(formats))
+        raise InvalidArgument(f"plot {path}: expected a name that ends in one of {known}")
+    if not path.absolute().parent.is_dir():
+        raise InvalidArgument(f"plot {path}: no such folder: {path.parent}")
+
+
+def allreduce(report: dict[str, Any], path: Path) -> None:
+    """Draw GB/s over bytes, one line a method: the mean on every rank, and on its owner."""
+    rows = report["rows"]
+    sizes = sorted({row["bytes"] for row in rows})
+    names = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "memory_bound"]
+    figure, panels = _figure(2)
+    for what, place, panel in zip(
+        ("average", "reduce"), ("every rank", "its owner"), panels, strict=True
+    ):
+        for i, name in enumerate(names):
+            here = [r for r in rows if (r["method"], r["what"]) == (name, what)]
+            _line(panel, here, "bytes", "gb_per_s", f"C{i}o-", name)
+        bound = [r for r in rows if r["what"] == "bound"]
+        _line(panel, bound, "bytes", "gb_per_s", "k--", "memory bound")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xticks(sizes, map(write_size, sizes))
+        panel.minorticks_off()
+        panel.set_title(f"the mean on {place}, {rows[0]['ranks']} ranks")
+        panel.set_xlabel("gradient (float32)")
+        panel.set_ylabel("bytes of a gradient / time (GB/s)")
+    _save(figure, panels, path)
+
+
+def scaling(report: dict[str, Any], path: Path) -> None:
+    """Draw samples/s over ranks, strong and weak, beside the ideal."""
+    figure, panels = _figure(2)
+    for kind, panel in zip(("strong", "weak"), panels, strict=True):
+        here = [row for row in report["rows"] if row["kind"] == kind]
+        first = here[0]["samples_per_s"] / here[0]["ranks"]
+        ideal = [{"ranks": r["ranks"], "samples_per_s": first * r["ranks"]} for r in here]
+        _line(panel, here, "ranks", "samples_per_s", "C0o-", "measured")
+        _line(panel, ideal, "ranks", "samples_per_s", "k--", "ideal")
+        panel.set_xticks([row["ranks"] for row in here])
+        panel.set_ylim(bottom=0)
+        panel.set_title(f"{kind} scaling of {report['model']}")
+        panel.set_xlabel(f"ranks, on {report['machine']['cores']} cores")
+        panel.set_ylabel("samples / s")
+    _save(figure, panels, path)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise MpidlError("a plot needs matplotlib: pip install 'mpidl[report]'") from error
+    figure = figures.Figure(figsize=(6 * panels, 5), layout="constrained")
+    return figure, figure.subplots(1, panels)
+
+
+def _line(panel: Any, rows: list[dict[str, Any]], x: str, y: str, style: str, label: str) -> None:
+    if rows:
+        panel.plot([row[x] for row in rows], [row[y] for row in rows], style, label=label)
+
+
+def _save(figure: Any, panels: Any, path: Path) -> None:
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path)

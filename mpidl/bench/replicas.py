@@ -1,0 +1,102 @@
+"""Models with what trains them across ranks, as `mpidl bench step` compares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpidl import functional, nn, optim
+from mpidl.bench.engine_models import RATE, batch, model
+from mpidl.parallel import DataParallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpidl.array import Array
+    from mpidl.strategies import Strategy
+    from mpidl.world import World
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One rank's part in one way to train a model. All start from the same values.
+
+    A step is `backward` and then `update`, on a batch of the rank's own. Collective.
+    """
+
+    method: str
+    base: str  #: the method that makes the same step without communication
+    strategy: str | None  #: which is at work
+    rows: int  #: the samples of this rank's batch
+    backward: Callable[[], None]
+    update: Callable[[], None]
+    values: Callable[[], list[Array]]  #: the parameters
+    close: Callable[[], None]
+
+    def step(self) -> None:
+        """Make one step. Collective."""
+        self.backward()
+        self.update()
+
+
+def in_mpidl(
+    method: str,
+    strategy: str | Strategy,
+    world: World,
+    name: str,
+    rows: int,
+    seed: int = 0,
+) -> Replica:
+    """Return the model `name` in this engine; `seed` tells the ranks' batches apart. Collective."""
+    x, y = batch(name, rows, seed)
+    nn.seed(0)
+    network = model(name)
+    parallel = DataParallel(network, optim.SGD(RATE, momentum=MOMENTUM), strategy, world=world)
+    return Replica(
+        method,
+        "local",
+        parallel.choice.name,
+        rows,
+        backward=lambda: functional.cross_entropy(network(x), y).backward(),
+        update=parallel.step,
+        values=lambda: [p.data for p in network.parameters()],
+        close=parallel.close,
+    )
+
+
+def in_torch(
+    method: str, name: str, rows: int, seed: int = 0, *, parallel: bool = False
+) -> Replica:
+    """Return the model `name` in PyTorch, on one thread; `parallel` wraps it in its DDP.
+
+    Collective then, and after `rivals.join_gloo`.
+    """
+    import torch
+
+    from mpidl.bench import engine_torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, y = map(torch.from_numpy, batch(name, rows, seed))
+    network = engine_torch.model(name)
+    forward = torch.nn.parallel.DistributedDataParallel(network) if parallel else network
+    optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(forward(x), y).backward()
+
+    return Replica(
+        method,
+        "torch_local",
+        None,
+        rows,
+        backward=backward,
+        update=optimizer.step,
+        values=lambda: [np.asarray(p.detach()) for p in network.parameters()],
+        close=lambda: None,
+    )

@@ -1,0 +1,81 @@
+"""`mpidl bench step`: whole training steps against the same steps without communication."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpidl.bench import jobs
+from mpidl.bench.allreduce import show_absent
+from mpidl.bench.engine_models import ROWS
+from mpidl.bench.step_breakdown import PHASES
+from mpidl.errors import InvalidArgument
+from mpidl.strategies import STRATEGIES
+
+MODELS = ("wide", "mlp", "cnn", "transformer")
+METHODS = ("local", *STRATEGIES, "auto", "torch_local", "ddp")
+TURNS = 25
+MEMORY_MODEL = "wide"
+MEMORY_METHODS = ("hierarchical", "sharded", "allreduce")
+
+
+def run(
+    ranks: int, models: list[str], turns: int = TURNS, methods: list[str] | None = None
+) -> dict[str, Any]:
+    """Return {"machine", "rows": one for each model and method, "memory", "absent"}."""
+    check_names("model", models, tuple(ROWS))
+    check_names("method", methods or [], METHODS)
+    module = "mpidl.bench.step_ranks"
+    report = jobs.run(module, ranks, models=models, turns=turns, methods=methods)
+    asked = MEMORY_METHODS if MEMORY_MODEL in models else ()
+    report["memory"] = [
+        jobs.run("mpidl.bench.step_memory", ranks, model=MEMORY_MODEL, method=method)
+        for method in asked
+        if methods is None or method in methods
+    ]
+    return report
+
+
+def check_names(what: str, names: list[str], known: tuple[str, ...]) -> None:
+    """Raise InvalidArgument for a name that is not known."""
+    for name in names:
+        if name not in known:
+            raise InvalidArgument(f"{what} {name!r}: expected one of {', '.join(known)}")
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print two tables for each model, and one on memory."""
+    from rich.console import Console
+
+    console = Console()
+    rows = report["rows"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        here = [row for row in rows if row["model"] == model]
+        title = f"a step of {model}, {here[0]['ranks']} ranks"
+        times = _table(title, "method", "median ms", "25 %", "75 %", "/ local")
+        times.caption = "ddp / torch_local, all others / local"
+        spent = _table("where its time goes, ms", "method", *PHASES)
+        for row in here:
+            chosen = f" ({row['strategy']})" if row["method"] == "auto" else ""
+            numbers = (row[key] for key in ("median_ms", "low_ms", "high_ms", "over_local"))
+            times.add_row(row["method"] + chosen, *(f"{number:.2f}" for number in numbers))
+            if "breakdown_ms" in row:
+                spent.add_row(row["method"], *(f"{row['breakdown_ms'][p]:.2f}" for p in PHASES))
+        console.print(times)
+        if spent.rows:
+            console.print(spent)
+    if report["memory"]:
+        title = f"memory to train {MEMORY_MODEL}, all ranks together"
+        memory = _table(title, "method", "MB", "/ private copies")
+        for row in report["memory"]:
+            memory.add_row(row["method"], f"{row['pss_mb']:,.0f}", f"{row['over_private']:.2f}")
+        console.print(memory)
+    show_absent(console, report)
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table

@@ -1,0 +1,51 @@
+"""`mpidl bench step`, in ranks: the memory that training a model takes on all ranks together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpidl.bench import jobs, replicas
+from mpidl.bench.engine_models import ROWS, batch
+from mpidl.errors import MpidlError
+
+if TYPE_CHECKING:
+    from mpidl.world import World
+
+STEPS = 2
+
+
+def measure(world: World, model: str, method: str) -> dict[str, Any]:
+    """Return one row: MB (10^6 bytes) of all ranks, and their ratio to private copies. Collective.
+
+    A rank's share is what its proportional set size (proc_pid_smaps(5): a page that P processes
+    map counts 1/P in each) grew by between the moment before the model was made and the end of
+    the second step. So it holds parameters, gradients and momentum, and what the steps left
+    behind besides. Private copies would take three times the parameters on every rank.
+    """
+    batch(model)
+    square = np.ones((512, 512), np.float32)
+    square = square @ square  # BLAS has its buffers now
+    world.barrier()
+    before = _proportional_bytes()
+    replica = replicas.in_mpidl(method, method, world, model, ROWS[model], world.rank)
+    for _ in range(STEPS):
+        replica.step()
+    world.barrier()  # all have touched all that they will
+    grown = float(world.sum([_proportional_bytes() - before])[0])
+    private = 3 * world.size * sum(value.nbytes for value in replica.values())
+    row = {"model": model, "method": method, "ranks": world.size}
+    return row | {"pss_mb": grown / 1e6, "over_private": grown / private}
+
+
+def _proportional_bytes() -> int:
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise MpidlError("/proc/self/smaps_rollup has no Pss")
+
+
+if __name__ == "__main__":
+    jobs.in_ranks(measure)

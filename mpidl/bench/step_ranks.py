@@ -1,0 +1,141 @@
+"""`mpidl bench step`, in ranks: check and time whole training steps."""
+
+from __future__ import annotations
+
+import gc
+import zlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpidl.bench import jobs, machine, replicas, rivals, step_breakdown, timing
+from mpidl.bench.engine_models import ROWS
+from mpidl.errors import MpidlError
+from mpidl.strategies import STRATEGIES
+from mpidl.world import World
+
+if TYPE_CHECKING:
+    from mpidl.bench.replicas import Replica
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+def measure(
+    world: World,
+    models: list[str],
+    turns: int,
+    methods: list[str] | None = None,
+    samples: int | None = None,
+    breakdown: bool = True,
+) -> dict[str, Any]:
+    """Return {"machine", "rows", "absent"}. Collective.
+
+    `methods`, by default all, are measured besides those that they are compared with. `samples`
+    make a global batch, in parts as equal as can be; by default each rank has the model's own.
+    """
+    ours = [name for name in (*STRATEGIES, "auto") if methods is None or name in methods]
+    with_torch = methods is None or bool({"torch_local", "ddp"} & set(methods))
+    absent: dict[str, str] = {}
+    if with_torch:
+        reason = rivals.join_gloo(world)
+        if reason is not None:
+            with_torch, absent = False, dict.fromkeys(("torch_local", "ddp"), reason)
+    alone = World.of(world.MPI, world.MPI.COMM_SELF)
+    report: list[dict[str, Any]] = []
+    for name in models:
+        rows = ROWS[name] if samples is None else _part(world, samples)
+        made = [replicas.in_mpidl("local", "allreduce", alone, name, rows, world.rank)]
+        made += [replicas.in_mpidl(m, m, world, name, rows, world.rank) for m in ours]
+        if with_torch:
+            made.append(replicas.in_torch("torch_local", name, rows, world.rank))
+            made.append(replicas.in_torch("ddp", name, rows, world.rank, parallel=True))
+        found = _rows(world, name, made, turns)
+        for replica in made:
+            replica.close()
+        del made, replica
+        gc.collect()  # before the next model needs memory
+        for row in found if breakdown else ():
+            if row["method"] in ours:
+                spent = step_breakdown.measure(world, row["method"], name, rows, turns)
+                row["breakdown_ms"] = spent
+        report += found
+    if with_torch:
+        rivals.leave_gloo()
+    return {"machine": machine.facts(world), "rows": report, "absent": absent}
+
+
+def _part(world: World, samples: int) -> int:
+    """Return how many of all samples this rank has."""
+    return samples * (world.rank + 1) // world.size - samples * world.rank // world.size
+
+
+def _rows(world: World, name: str, made: list[Replica], turns: int) -> list[dict[str, Any]]:
+    """Time steps of all replicas, alternately, between two checks. Collective."""
+    check_first_step(world, made)
+    steps = {r.method: partial(timing.of_one, world, r.step) for r in made}
+    taken = timing.in_turns(steps, turns)
+    _check_last_step(world, made)
+    samples = int(world.sum([made[0].rows])[0])
+    times = {method: timing.quartiles(seconds) for method, seconds in taken.items()}
+    rows = []
+    for replica in made:
+        low, median, high = (1e3 * seconds for seconds in times[replica.method])
+        row: dict[str, Any] = {"model": name, "method": replica.method, "ranks": world.size}
+        row |= {"median_ms": median, "low_ms": low, "high_ms": high}
+        row |= {
+            "samples": samples,
+            "over_local": median / 1e3 / times[replica.base][1],
+            "local": replica.base,
+        }
+        rows.append(row | {"strategy": replica.strategy})
+    return rows
+
+
+def check_first_step(world: World, made: list[Replica]) -> None:
+    """Make one step of each, and compare with the mean of what each rank got by itself. Collective.
+
+    From the same values, with p - lr g for each rank's gradient g, the mean over ranks of the
+    parameters is p minus lr times the mean gradient: what a step in parallel must give. Raises
+    MpidlError on every rank where one on any rank does not.
+    """
+    weight = made[0].rows / world.sum([made[0].rows])[0]
+    for replica in made:
+        world.barrier()
+        replica.step()
+    bases = {r.method: r.values() for r in made if r.method == r.base}
+    for base, values in bases.items():
+        problem, differs = None, world.size == 1
+        others = [(r.method, r.values()) for r in made if r.base == base != r.method]
+        for i, value in enumerate(values):
+            expected = world.sum(value * weight)
+            bound = 8 * EPS * float(np.abs(value).max() + np.abs(expected).max())
+            differs |= _distance(value, expected) > 10 * bound
+            for method, found in others:
+                error = _distance(found[i], expected)
+                if not error <= bound:
+                    problem = MpidlError(
+                        f"after one step of {method}, parameter {i} is wrong by {error:.3g}, where "
+                        f"rounding explains {bound:.1g}: its times mean nothing"
+                    )
+        world.agree(problem)
+        blind = MpidlError("the ranks' gradients are too much alike to tell a mean from a part")
+        world.agree(None if differs else blind)
+
+
+def _distance(value: Any, expected: Any) -> float:
+    return float(np.abs(value - expected).max())
+
+
+def _check_last_step(world: World, made: list[Replica]) -> None:
+    """Raise MpidlError on every rank unless all have the same parameters. Collective."""
+    for replica in made:
+        if replica.method != replica.base:
+            code = 0
+            for value in replica.values():
+                code = zlib.crc32(np.ascontiguousarray(value).data, code)
+            world.same(str(code), f"the parameters after the last step of {replica.method}")
+
+
+if __name__ == "__main__":
+    jobs.in_ranks(measure)

@@ -1,0 +1,316 @@
+"""The benchmarks across ranks, but for the ranks: options, turns, clocks, tables, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mpidl.bench import allreduce, plots, scaling, step, step_breakdown, timing
+from mpidl.cli.app import app
+from mpidl.errors import InvalidArgument, MpidlError
+
+
+def test_sizes_are_read_and_written(rng: np.random.Generator) -> None:
+    units = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30}
+    for unit, power in units.items():
+        count = 4 * int(rng.integers(1, 200)) + 4 * (power == 0)
+        text = f"{count}{unit}"
+        assert allreduce.parse_sizes(f"4KiB, {text},12") == [4096, count << power, 12]
+        assert allreduce.parse_sizes(allreduce.write_size(count << power)) == [count << power]
+    assert allreduce.write_size(3 << 20) == "3 MiB"
+    assert allreduce.write_size(1028) == "1028 B"
+
+
+@pytest.mark.parametrize("text", ["", "4kb", "x", "-4", "4KiB,", "6", "0", "1.5MiB", "4 Ki B"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"size '.*': expected a"):
+        allreduce.parse_sizes(text)
+
+
+def test_ranks_are_read() -> None:
+    assert scaling.parse_ranks("1, 2,16") == [1, 2, 16]
+    for text in ("", "0", "1,,2", "2.5", "-1", "two"):
+        with pytest.raises(InvalidArgument, match="from 1 on"):
+            scaling.parse_ranks(text)
+
+
+def test_every_turn_measures_each_once(rng: np.random.Generator) -> None:
+    order: list[str] = []
+    given: dict[str, list[float]] = {name: [] for name in "abc"}
+
+    def measure(name: str) -> float:
+        order.append(name)
+        given[name].append(float(rng.random()))
+        return given[name][-1]
+
+    measures = {name: (lambda name=name: measure(name)) for name in given}
+    taken = timing.in_turns(measures, 9)
+    assert taken == {name: values[timing.WARM_UP :] for name, values in given.items()}
+    turns = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(turns) == 9 + timing.WARM_UP
+    assert all(sorted(turn) == list(given) for turn in turns)
+    assert len(set(turns)) > 1
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3e-3, 4e-6])
+def test_loops_last_long_enough(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "of_one", lambda *_: seconds)
+    found = timing.loops_of(None, lambda: None)  # type: ignore[arg-type]
+    assert 1 <= found <= timing.MAX_LOOPS
+    assert found == timing.MAX_LOOPS or found * seconds >= timing.MIN_SECONDS
+    assert found == 1 or found * seconds <= 3 * timing.MIN_SECONDS
+
+
+def test_quartiles(rng: np.random.Generator) -> None:
+    values = list(rng.permutation(np.arange(101.0)))
+    assert timing.quartiles(values) == (25, 50, 75)
+
+
+def test_clocks_tell_the_phases_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(step_breakdown, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    class Slow:
+        other = "kept"
+
+        def reduce(self, grad: Any, weight: float) -> Iterator[tuple[slice, Any]]:
+            for i in range(3):
+                spend(2)
+                yield slice(i, i + 1), grad * weight
+            spend(7)
+
+        def share(self, _: Any) -> None:
+            spend(11)
+
+        def sum(self, values: Any) -> Any:
+            spend(13)
+            return values
+
+    seconds = dict.fromkeys(("wait", "reduce", "share"), 0.0)
+    slow: Any = Slow()
+    strategy = step_breakdown.TimedStrategy(slow, seconds)
+    for _, mean in strategy.reduce(2.0, 0.5):  # type: ignore[arg-type]
+        assert mean == 1
+        spend(5)  # the consumer's
+    strategy.share(None)  # type: ignore[arg-type]
+    assert step_breakdown.TimedWorld(slow, seconds).sum([3]) == [3]
+    assert seconds == {"reduce": 3 * 2 + 7, "share": 11, "wait": 13}
+    assert strategy.other == step_breakdown.TimedWorld(slow, seconds).other == "kept"
+
+
+MACHINE = {"cores": 2}
+
+
+def allreduce_report(rng: np.random.Generator) -> dict[str, Any]:
+    rows = []
+    for name, whats in (("ring", ("average", "reduce")), ("memory_bound", ("bound",))):
+        for what in whats:
+            for size in (4096, 1 << 20):
+                low, median, high = sorted(rng.uniform(1e-6, 9e-4, 3))
+                row = {"method": name, "what": what, "bytes": size, "ranks": 3}
+                row |= {"low_s": low, "median_s": median, "high_s": high}
+                rows.append(row | {"gb_per_s": size / median / 1e9})
+    return {"machine": MACHINE, "rows": rows, "absent": {"gloo": "torch is not installed"}}
+
+
+def step_report(rng: np.random.Generator) -> dict[str, Any]:
+    times = dict(zip(("low_ms", "median_ms", "high_ms"), sorted(rng.random(3)), strict=True))
+    row = {"model": "mlp", "ranks": 3, "over_local": float(rng.random()), **times}
+    phases = dict(zip(step_breakdown.PHASES, rng.random(5).tolist(), strict=True))
+    auto = {"method": "auto", "strategy": "ring", "breakdown_ms": phases}
+    memory = [{"model": "wide", "method": "sharded", "ranks": 3, "pss_mb": 1234.5}]
+    memory[0]["over_private"] = float(rng.random())
+    rows = [row | {"method": "local", "strategy": "allreduce"}, row | auto]
+    return {"machine": MACHINE, "rows": rows, "memory": memory, "absent": {}}
+
+
+def test_tables(rng: np.random.Generator, capsys: pytest.CaptureFixture[str]) -> None:
+    report = allreduce_report(rng)
+    allreduce.show(report)
+    shown = capsys.readouterr().out
+    assert "4 KiB of float32, 3 ranks" in shown
+    assert "gloo (torch is not installed)" in shown
+    assert all(f"{row['median_s'] * 1e6:,.1f}" in shown for row in report["rows"])
+    report = step_report(rng)
+    step.show(report)
+    shown = capsys.readouterr().out
+    (_, auto), (memory,) = report["rows"], report["memory"]
+    values = [auto["median_ms"], auto["over_local"], *auto["breakdown_ms"].values()]
+    assert all(f"{value:.2f}" in shown for value in [*values, memory["over_private"]])
+    assert "auto (ring)" in shown and "1,23" in shown
+
+
+@pytest.fixture
+def jobs_of_scaling(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stand in for the jobs: a step takes 1 ms for each sample of a rank, and 10 ms besides."""
+    seen: list[dict[str, Any]] = []
+
+    def run(_: str, ranks: int, **options: Any) -> dict[str, Any]:
+        seen.append({"ranks": ranks, **options})
+        other = {"method": "local", "median_ms": 0.0}
+        median = options["samples"] / ranks + 10
+        return {"machine": MACHINE, "rows": [other, {"method": "auto", "median_ms": median}]}
+
+    monkeypatch.setattr(scaling.jobs, "run", run)
+    return seen
+
+
+def test_scaling_is_strong_and_weak(
+    jobs_of_scaling: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = scaling.run([4, 1, 2], "cnn", 3)
+    rows = {(row["kind"], row["ranks"]): row for row in report["rows"]}
+    assert list(rows) == [(kind, n) for kind in ("strong", "weak") for n in (1, 2, 4)]
+    assert [rows["strong", n]["samples"] for n in (1, 2, 4)] == [128] * 3
+    assert [rows["weak", n]["samples"] for n in (1, 2, 4)] == [32, 64, 128]
+    assert len(jobs_of_scaling) == 5  # the largest is the same in both
+    strong, weak = rows["strong", 2], rows["weak", 2]
+    assert strong["median_ms"] == 74 and weak["median_ms"] == 42
+    assert strong["samples_per_s"] == pytest.approx(128 / 0.074)
+    assert strong["efficiency"] == pytest.approx(138 / (2 * 74))
+    assert weak["efficiency"] == pytest.approx(1)
+    scaling.show(report)
+    assert f"{strong['efficiency']:.2f}" in capsys.readouterr().out
+    with pytest.raises(InvalidArgument, match="'resnet': expected one of"):
+        scaling.run([1], "resnet")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The panels of what is saved."""
+    kept: list[Any] = []
+    save = plots._save
+
+    def keep(figure: Any, panels: Any, path: Path) -> None:
+        kept.extend(panels)
+        save(figure, panels, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return kept
+
+
+def lines_of(panel: Any) -> dict[str, Any]:
+    return {line.get_label(): line for line in panel.get_lines()}
+
+
+def test_plot_of_allreduce(rng: np.random.Generator, drawn: list[Any], tmp_path: Path) -> None:
+    report, path = allreduce_report(rng), tmp_path / "plot.png"
+    plots.check(path)
+    plots.allreduce(report, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for panel, what in zip(drawn, ("average", "reduce"), strict=True):
+        lines = lines_of(panel)
+        assert list(lines) == ["ring", "memory bound"]
+        for line, key in ((lines["ring"], what), (lines["memory bound"], "bound")):
+            rows = [row for row in report["rows"] if row["what"] == key]
+            points = [(row["bytes"], row["gb_per_s"]) for row in rows]
+            np.testing.assert_allclose(line.get_xydata(), points)
+        assert lines["memory bound"].get_linestyle() == "--"
+        assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
+        assert "GB/s" in panel.get_ylabel() and "float32" in panel.get_xlabel()
+
+
+@pytest.mark.usefixtures("jobs_of_scaling")
+def test_plot_of_scaling(drawn: list[Any], tmp_path: Path) -> None:
+    report, path = scaling.run([1, 2], "mlp"), tmp_path / "plot.svg"
+    plots.scaling(report, path)
+    assert "<svg" in path.read_text()
+    for panel, kind in zip(drawn, ("strong", "weak"), strict=True):
+        rows = [row for row in report["rows"] if row["kind"] == kind]
+        points = [(row["ranks"], row["samples_per_s"]) for row in rows]
+        lines = lines_of(panel)
+        np.testing.assert_allclose(lines["measured"].get_xydata(), points)
+        assert lines["ideal"].get_ydata()[1] == pytest.approx(2 * points[0][1])
+        assert "ranks" in panel.get_xlabel() and panel.get_ylabel() == "samples / s"
+
+
+def test_a_plot_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidArgument, match=r"plot\.mp3: expected a name that ends in.*png"):
+        plots.check(tmp_path / "plot.mp3")
+    with pytest.raises(InvalidArgument, match="no such folder"):
+        plots.check(tmp_path / "nosuch/plot.png")
+
+    def fail(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(plots.importlib, "import_module", fail)
+    with pytest.raises(MpidlError, match=r"pip install 'mpidl\[report\]'"):
+        plots.check(tmp_path / "plot.png")
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["allreduce", "--sizes", "5KB"], "size '5KB'"),
+        (["allreduce", "--plot", "plot.mp3"], "plot.mp3"),
+        (["step", "--models", "mlp,resnet"], "model 'resnet'"),
+        (["step", "--methods", "pigeons"], "method 'pigeons'"),
+        (["scaling", "--ranks", "1,x"], "ranks 'x'"),
+        (["scaling", "--model", "resnet"], "model 'resnet'"),
+    ],
+)
+def test_what_cannot_be_measured(arguments: list[str], says: str) -> None:
+    result = command(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("mpidl: ") and says in result.stderr
+
+
+@pytest.mark.parametrize("name", ["engine", "allreduce", "step", "scaling"])
+def test_a_benchmark_that_fails_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MpidlError("the ranks\nfailed")
+
+    monkeypatch.setattr(f"mpidl.bench.{name}.run", fail)
+    result = command(name)
+    assert (result.exit_code, result.stderr) == (1, "mpidl: the ranks\nfailed\n")
+
+
+def test_options_reach_the_benchmark(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = {"allreduce": allreduce_report(rng), "step": step_report(rng)}
+    seen: list[Any] = []
+
+    def stand_in(name: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            seen.append(arguments)
+            return reports[name]
+
+        return run
+
+    for name in reports:
+        monkeypatch.setattr(f"mpidl.bench.{name}.run", stand_in(name))
+    result = command("allreduce", "-n", "3", "--sizes", "8B,1KiB", "--turns", "4", "--json")
+    assert json.loads(result.stdout) == reports["allreduce"]
+    result = command("step", "-n", "5", "--models", "cnn,mlp", "--methods", "ring,ddp", "--json")
+    assert json.loads(result.stdout) == reports["step"]
+    assert seen == [(3, [8, 1024], 4), (5, ["cnn", "mlp"], step.TURNS, ["ring", "ddp"])]
+
+
+def test_memory_is_measured_for_the_large_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def run(module: str, _: int, **options: Any) -> dict[str, Any]:
+        seen.append((module, options.get("method")))
+        return {"rows": []}
+
+    monkeypatch.setattr(step.jobs, "run", run)
+    assert step.run(2, ["mlp"])["memory"] == []
+    assert len(step.run(2, ["mlp", "wide"])["memory"]) == len(step.MEMORY_METHODS)
+    step.run(2, ["wide"], 1, ["sharded", "ring"])
+    asked = [method for module, method in seen if module.endswith("step_memory")]
+    assert asked == [*step.MEMORY_METHODS, "sharded"]

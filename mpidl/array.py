@@ -14,12 +14,16 @@ import numpy as np
 from mpidl.errors import DeviceNotFound, InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 #: A NumPy array, or a CuPy array, which has the same methods.
 Array: TypeAlias = "np.ndarray[Any, Any]"
 #: Slices of a flat array, in order, and the averaged gradient of each.
 Averages: TypeAlias = "Iterator[tuple[slice, Array]]"
+#: The same for several flat arrays, each with its number.
+Stream: TypeAlias = "Iterator[tuple[int, slice, Array]]"
+#: Where arrays of several shapes lie in a flat one: (first element, shape) of each.
+Layout: TypeAlias = "Sequence[tuple[int, tuple[int, ...]]]"
 
 CACHE_BLOCK_BYTES = 1 << 17  # three operands of this size stay in a core's L2 cache
 UPDATE_BLOCK_BYTES = 1 << 18  # averaged and updated in one go; measured: less costs Python time

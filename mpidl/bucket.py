@@ -85,7 +85,8 @@ def allocate(
             line = ALIGNMENT_BYTES // array.itemsize
             end = -(-(end + array.size) // line) * line
             if end * array.itemsize >= bucket_bytes or i == len(names) - 1:
-                param, grad = strategy.allocate(end, array.dtype, namespace(array))
+                layout = tuple(places.values())
+                param, grad = strategy.allocate(end, array.dtype, namespace(array), layout)
                 buckets.append(Bucket(param, grad, places, group))
                 places, end = {}, 0
     return buckets

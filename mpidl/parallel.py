@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl import bucket, strategies
+from mpidl import bucket, codecs, strategies
 from mpidl.accumulation import Accumulation
 from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.autograd import recording
 from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFiniteGradient
+from mpidl.local_steps import LocalSteps
 from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign, describe
-from mpidl.staging import Staging
+from mpidl.overlap import Overlap, for_thread
+from mpidl.placement import Placement, check_parameters
 from mpidl.update import Update
 from mpidl.world import World, current
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from mpidl.strategies import Strategy
 
 BUCKET_BYTES = 32 << 20
+FINE_BYTES = 1 << 18
 
 
 class DataParallel:
@@ -49,6 +52,11 @@ class DataParallel:
             pattern may be theirs alone.
         strategy: a name in `strategies.STRATEGIES`, a strategy, or "auto": `choice` then tells
             which, and why.
+        local_steps: local SGD: every so many steps the parameters are averaged over all ranks; the
+            steps between use the gradients of this rank alone, or, where the ranks of a node share
+            their parameters ("hierarchical"), of this node. See `synchronize`.
+        codec: a name in `codecs.CODECS` or a codec, for a strategy that moves the bytes itself:
+            what it sends to other nodes takes fewer bytes, and is less exact.
         world: by default `mpidl.init()`.
         check_finite: look at every gradient before it is averaged, and raise NonFiniteGradient
             instead of spoiling the model. Costs one pass over the gradients.
@@ -56,7 +64,14 @@ class DataParallel:
         clip_norm: then shorten it to this Euclidean norm, over all parameters, if it is longer.
             No bucket is updated before all are averaged. See `step`.
         accumulate: this many calls of `step` make one update. See `step` and `flush`.
-        bucket_bytes: about how large a bucket is.
+        overlap: average each bucket while backward goes on to make the others, in a thread; the
+            results are the same. Two steps are watched first: in each, every parameter's gradient
+            must come in one backward, for the rows counted. "auto": where there are several nodes.
+            Not with `accumulate`, `check_finite` or on a GPU, nor where MPI's threads are limited
+            (MPI_THREAD_MULTIPLE). True: also on one node, and warns where it cannot be.
+        bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
+            `overlap` as many at once as let the last be averaged the soonest, found out in steps
+            3 to 5.
     """
 
     def __init__(
@@ -70,7 +85,10 @@ class DataParallel:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         accumulate: int = 1,
-        bucket_bytes: int = BUCKET_BYTES,
+        local_steps: int = 1,
+        codec: codecs.Spec = None,
+        overlap: bool | str = "auto",
+        bucket_bytes: int | str = "auto",
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
@@ -79,31 +97,53 @@ class DataParallel:
         self._frozen = {name: p for name, p in every.items() if not p.requires_grad}
         self.accumulate = accumulate
         self.steps = 0  #: updates made
-        self._check_parameters()
+        check_parameters(model, self.world)
         with self.world.together():
             clip = Clip(clip_value, clip_norm)
             if accumulate != int(accumulate) or accumulate < 1:
                 raise InvalidArgument(f"accumulate={accumulate}: expected a whole number from 1 on")
+            if local_steps != int(local_steps) or local_steps < 1:
+                raise InvalidArgument(f"{local_steps=}: expected a whole number from 1 on")
+            if overlap not in ("auto", True, False):
+                raise InvalidArgument(f"{overlap=}: expected 'auto', True or False")
+            if bucket_bytes != "auto" and not (isinstance(bucket_bytes, int) and bucket_bytes > 0):
+                raise InvalidArgument(f"{bucket_bytes=}: expected 'auto' or a number of bytes")
             optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         for option in (
-            f"bucket_bytes={bucket_bytes}",
+            f"{bucket_bytes=}, {overlap=}, {local_steps=}",
             f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",
             f"optimizer={describe(optimizer)}",
         ):
             self.world.same(option, "DataParallel")
         arrays = {name: p.data for name, p in self.parameters.items()}
-        self.choice = strategies.make(
-            strategy,
+        size = sum(data.nbytes for data in arrays.values())
+        on_device = any(map(is_device, arrays.values()))
+        beside = for_thread(
             self.world,
-            sum(data.nbytes for data in arrays.values()),
-            on_device=any(map(is_device, arrays.values())),
+            overlap,
+            ("accumulate", accumulate > 1),
+            ("check_finite", check_finite),
+            ("local_steps", local_steps > 1),
+            ("a model on the GPU", on_device),
+        )
+        self.choice = strategies.make(
+            strategy, beside or self.world, size, codec=codec, on_device=on_device
         )
         self.strategy = self.choice.strategy
-        self.buckets = bucket.allocate(arrays, self.strategy, bucket_bytes, group_of)
+        if bucket_bytes != "auto":
+            at_once = int(bucket_bytes)
+        elif beside is None:
+            at_once = BUCKET_BYTES
+        else:  # to be averaged several at once
+            at_once = min(max(size // 64, FINE_BYTES), BUCKET_BYTES)
+        self.buckets = bucket.allocate(arrays, self.strategy, at_once, group_of)
         self._accumulation = Accumulation(self.buckets) if accumulate > 1 else None
-        self._places: dict[str, tuple[Array, Array]] = {}
-        self._broadcast()
-        self._update = Update(self.world, self.strategy, self.buckets, optimizers, clip)
+        self._placement = Placement(model, self.world, self.strategy, self.buckets)
+        self._local = (
+            None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
+        )
+        group = self._local or self
+        self._update = Update(group.world, group.strategy, self.buckets, optimizers, clip)
         self.states = self._update.states  #: the optimizer's, of each bucket's owned part
         # since the last step; None: the model was not called, NaN: with what has no rows to count
         self._samples: float | None = None
@@ -115,6 +155,19 @@ class DataParallel:
                 counts(*call)
 
         self._stop_counting = model.on_output(counted)
+        self._overlap: Overlap | None = None
+        if beside is not None:
+            this = weakref.ref(self)
+            self._overlap = Overlap(
+                self.world,
+                beside,
+                self.strategy,
+                self.buckets,
+                self.parameters,
+                lambda: getattr(this(), "_samples", None),
+                group_bytes=None if bucket_bytes == "auto" else at_once,
+                asked=overlap is True,
+            )
         weakref.finalize(self, self._stop_counting).atexit = False
 
     def step(self, weight: float | None = None) -> None:
@@ -143,7 +196,7 @@ class DataParallel:
             self._apply(weight, problem)
             return
         self._accumulation.add(weight, problem)
-        self.zero_grad()
+        self._forget()
         if self._accumulation.passes == self.accumulate:
             self.flush()
 
@@ -155,20 +208,36 @@ class DataParallel:
         """
         if self._accumulation is not None and self._accumulation.passes:
             weight, problem = self._accumulation.mean()
-            self._apply(weight, problem or self._misplaced())
+            self._apply(weight, problem or self._placement.problem(f"step {self.steps}"))
 
     def _apply(self, weight: float, problem: MpidlError | None) -> None:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
-        total, problems = map(float, self.world.sum([weight, problem is not None]))
+        averaged = False
+        if self._overlap is not None:
+            averaged, irregular = self._overlap.finish(weight)
+            problem = problem or irregular
+        world = self.world if self._local is None else self._local.world
+        total, problems = map(float, world.sum([weight, problem is not None]))
         if problems:
-            self.world.agree(problem)
-        if total == 0:
-            self.world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
+            world.agree(problem)
+        if total == 0 and self._local is None:
+            world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         try:
-            self._update.make(weight / total, self.steps)
+            if total:
+                self._update.make(weight / total, self.steps, averaged=averaged)
         finally:
-            self.zero_grad()  # they are no longer this rank's own
+            self._forget()  # they are no longer this rank's own
         self.steps += 1
+        if self._local is not None and self.steps % self._local.every == 0:
+            self._local.average(self.buckets)
+
+    def synchronize(self) -> None:
+        """Make the parameters equal on all ranks: their mean, after `local_steps`. Collective.
+
+        They are already, without that option. For the end of an epoch, say.
+        """
+        if self._local is not None and self.steps % self._local.every:
+            self._local.average(self.buckets)
 
     def zero_grad(self) -> None:
         """Forget the gradients, and the samples counted, since the last step. Not collective.
@@ -176,6 +245,11 @@ class DataParallel:
         For a pass through this model that was not for its own loss. What `step` has gathered with
         `accumulate`, problems included, stays.
         """
+        if self._overlap is not None:
+            self._overlap.forget()
+        self._forget()
+
+    def _forget(self) -> None:
         for parameter in self.parameters.values():
             parameter.zero_grad()
         self._samples = None
@@ -204,11 +278,11 @@ class DataParallel:
         """
         self.world.barrier()  # nobody reads the old values any more
         with self.world.together():
-            self._lock(False)
+            self._placement.lock(False)
             try:
                 self.model.load_state_dict(state, strict)
             finally:
-                self._lock(self.strategy.shared)
+                self._placement.lock(True)
 
     def close(self) -> None:
         """Give back what the strategy took. Not collective.
@@ -216,20 +290,13 @@ class DataParallel:
         The model stays usable: its parameters move to memory that is this rank's alone.
         """
         self._stop_counting()
-        for parameter in self.parameters.values():
-            parameter.drop_grad()
-            parameter.data = parameter.data.copy()
+        if self._overlap is not None:
+            self._overlap.close()
+        self._placement.release()
         self.strategy.close()
         self.buckets.clear()
         self.states.clear()
-        self._places.clear()
         self._accumulation = None
-
-    def _lock(self, locked: bool) -> None:
-        """Let nobody, or anybody, write to the parameters."""
-        for parameter in self.parameters.values():
-            if not is_device(parameter.data):
-                parameter.data.flags.writeable = not locked
 
     def _count(self, model: Module, inputs: tuple[Any, ...], _: Any) -> None:
         if model.training and recording():
@@ -237,32 +304,10 @@ class DataParallel:
             rows = next((shape[0] for shape in shapes if shape), math.nan)
             self._samples = (self._samples or 0) + rows
 
-    def _misplaced(self) -> InvalidArgument | None:
-        """Return what is wrong with a parameter that does not train as it did at the start."""
-        if not self._places:
-            return InvalidArgument(f"step {self.steps}: this DataParallel was closed")
-        step = f"step {self.steps}: parameter"
-        for name, p in self.parameters.items():
-            if not p.requires_grad:
-                return InvalidArgument(
-                    f"{step} {name} was frozen after DataParallel was made, and its optimizer "
-                    "could still move it: set its requires_grad to True before step(), or make "
-                    "another DataParallel"
-                )
-            if p.data is not self._places[name][0]:
-                return _left(f"{step} {name}")
-        for name, p in self._frozen.items():
-            if p.requires_grad:
-                return InvalidArgument(
-                    f"{step} {name} was frozen when DataParallel was made, and has no optimizer: "
-                    "set its requires_grad to False, or make another DataParallel"
-                )
-        return None
-
     def _weigh(self, weight: float | None) -> float:
         """Return this rank's weight, its gradients being in order and complete; or raise."""
         step = f"step {self.steps}"
-        problem = self._misplaced()
+        problem = self._placement.problem(step)
         if problem is not None:
             raise problem
         counted = weight is None
@@ -281,68 +326,13 @@ class DataParallel:
             )
         if not 0 <= weight < float("inf"):
             raise InvalidArgument(f"{step}: weight={weight}: expected a finite number, 0 or more")
+        begun = self._overlap is not None and self._overlap.begun
         for name, p in self.parameters.items():
-            if not weight or p.grad is None:  # has no part in this step's loss
+            if p.grad is None or not (weight or begun):  # has no part in this step's loss
                 p.fill_grad()
             elif self.check_finite and not namespace(p.grad).isfinite(p.grad).all():
                 raise NonFiniteGradient(f"{step}: the gradient of {name} is not finite")
-            if p.grad is not self._places[name][1]:
-                raise _left(f"{step}: parameter {name}")
+            problem = self._placement.gradient_problem(step, name, p)
+            if problem is not None:
+                raise problem
         return float(weight)
-
-    def _check_parameters(self) -> None:
-        """Compare parameters and buffers with rank 0's, all but their values. Collective."""
-        mine = [
-            f"{'frozen ' * (name in self._frozen)}parameter {name} of shape {p.shape}, {p.dtype}, "
-            + ("on the GPU" if is_device(p.data) else "on the CPU")
-            for name, p in self.model.named_parameters().items()
-        ]
-        mine += [
-            f"buffer {name} of shape {b.shape}, {b.dtype}"
-            for name, b in self.model.named_buffers().items()
-        ]
-        with self.world.together():
-            if not self.parameters:
-                frozen = " to train: all are frozen" if self._frozen else ""
-                raise InvalidArgument(f"{type(self.model).__name__} has no parameters{frozen}")
-            for name, p in self.parameters.items():
-                bucket.check_dtype(p.data, f"parameter {name}")
-        first = self.world.broadcast(mine)
-        pairs = zip(mine + ["no more"] * len(first), first + ["no more"] * len(mine), strict=False)
-        self.world.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
-
-    def _broadcast(self) -> None:
-        """Move the parameters into the buckets, and take rank 0's values. Collective.
-
-        As after an update: the owners write, into memory that may be shared, and publish.
-        """
-        staging, root = Staging(), self.world.rank == 0
-        for flat in self.buckets:
-            values = namespace(flat.param).zeros_like(flat.param)
-            for name, part in flat.slices().items():
-                values[part] = self.parameters[name].data.reshape(-1)
-            for part in staging.chunks(values):
-                with staging.host(values[part], read=root, write=not root) as buffer:
-                    self.world.comm.Bcast(buffer)
-            owned = self.strategy.owned(flat.param.size)
-            flat.param[owned] = values[owned]
-            self.strategy.share(flat.param)
-            for name, param, grad in flat.views():
-                self.parameters[name].bind(param, grad)
-                self._places[name] = param, grad
-        staging.close()
-        self._lock(self.strategy.shared)
-        buffers = self.model.buffers()
-        values = self.world.broadcast([to_numpy(b.data) for b in buffers])
-        for kept, value in zip(buffers, values, strict=True):
-            kept.data[...] = namespace(kept.data).asarray(value)
-        for frozen in self._frozen.values():  # one by one: most of a large model may be frozen
-            value = self.world.broadcast(to_numpy(frozen.data))
-            frozen.data[...] = namespace(frozen.data).asarray(value)
-
-
-def _left(what: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"{what} has left its bucket: set values with DataParallel.load_state_dict, and give a "
-        "model to one DataParallel only"
-    )

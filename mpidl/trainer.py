@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl import data, nn, progress
+from mpidl import codecs, data, nn, progress
 from mpidl.array import is_device
 from mpidl.errors import InvalidArgument
 from mpidl.nn.predict import evaluating
@@ -66,6 +66,10 @@ class Trainer:
         strategy: str | Strategy = "auto",
         *,
         world: World | None = None,
+        local_steps: int = 1,
+        codec: codecs.Spec = None,
+        overlap: bool | str = "auto",
+        bucket_bytes: int | str = "auto",
         metrics: Mapping[str, Metric] | None = None,
         check_finite: bool = False,
         clip_norm: float | None = None,
@@ -88,6 +92,10 @@ class Trainer:
             optimizer,
             strategy,
             world=self.world,
+            local_steps=local_steps,
+            codec=codec,
+            overlap=overlap,
+            bucket_bytes=bucket_bytes,
             check_finite=check_finite,
             clip_norm=clip_norm,
             clip_value=clip_value,
@@ -216,6 +224,7 @@ class Trainer:
             shown.step(whole)
             left -= whole
         self.replica.flush()
+        self.replica.synchronize()
         self.replica.average_buffers()
         loss_sum = float(total)
         seconds = max(self.world.gather(time.perf_counter() - start))
@@ -229,7 +238,8 @@ class Trainer:
         world, choice = self.world, self.replica.choice
         ranks = f"{world.size} rank{'s' * (world.size > 1)}"
         nodes = f"{world.nodes} node{'s' * (world.nodes > 1)}"
-        return f"{ranks} on {nodes}, strategy {choice.name} ({choice.why})"
+        coded = f", codec {choice.codec}" if choice.codec is not None else ""
+        return f"{ranks} on {nodes}, strategy {choice.name} ({choice.why}){coded}"
 
     def _open_folder(self, samples: int, **arguments: Any) -> RunFolder | None:
         """Return the run folder, made at the first call, if rank 0 wants one. Collective."""
@@ -240,6 +250,7 @@ class Trainer:
 
         asked = {
             "strategy": self.replica.choice.name,
+            "codec": None if self.replica.choice.codec is None else str(self.replica.choice.codec),
             "optimizer": self.replica.optimizer,
             "device": self.device,
             "samples": samples,

@@ -44,22 +44,26 @@ class Update:
             self._layers.append(Layers(flat.parts(owned), strategy.total))
             self.states.append(optimizers[flat.group].init(flat.param[owned]))
 
-    def make(self, weight: float, step: int) -> None:
+    def make(self, weight: float, step: int, *, averaged: bool = False) -> None:
         """Average the gradients, this rank's times `weight`, and update. Collective.
+
+        With `averaged` they are: the owned parts hold the means.
 
         Raises NonFiniteGradient on every rank, before anything is updated, where a norm is to be
         clipped that is not finite.
         """
         norm_first, factor = self.clip.norm is not None, 1.0
-        if norm_first:  # it is over all buckets
-            for flat in self.buckets:
-                for part, mean in self.strategy.reduce(flat.grad, weight):
-                    flat.grad[part] = mean
+        if norm_first and not averaged:  # it is over all buckets
+            grads = [flat.grad for flat in self.buckets]
+            for i, part, mean in self.strategy.stream(grads, weight):
+                grads[i][part] = mean
+            averaged = True
+        if norm_first:
             factor = self._shorten(step)
         for i, flat in enumerate(self.buckets):
             owned, optimizer = self._owned[i], self.optimizers[flat.group]
             param, grad = flat.param[owned], flat.grad[owned]
-            means = [(owned, grad)] if norm_first else self.strategy.reduce(flat.grad, weight)
+            means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
             averages = self._blocks(means, owned.start, factor)
             optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
             if next(averages, None) is not None:

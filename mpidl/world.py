@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 T = TypeVar("T")
+
+SPIN_SECONDS = 1e-4
+NAP_SECONDS = 1e-4
 
 _world: World | None = None
 
@@ -35,7 +39,9 @@ class World:
     local_size: int
     node: int  #: nodes are numbered by their lowest rank
     nodes: int
+    members: tuple[tuple[int, ...], ...]  #: the ranks of each node, by local rank
     local: Any  #: mpi4py.MPI.Intracomm of this node's ranks, by local rank
+    beside: bool = False  #: whether this is for a thread beside another one that computes
 
     @classmethod
     def of(cls, MPI: Any, comm: Any) -> World:
@@ -43,7 +49,10 @@ class World:
         comm = comm.Clone()
         local = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
         leaders = comm.allgather(local.bcast(comm.rank))
-        order = sorted(set(leaders))
+        members: dict[int, list[int]] = {}
+        for rank, leader in enumerate(leaders):
+            members.setdefault(leader, []).append(rank)
+        order = sorted(members)
         return cls(
             MPI=MPI,
             comm=comm,
@@ -53,12 +62,74 @@ class World:
             local_size=local.size,
             node=order.index(leaders[comm.rank]),
             nodes=len(order),
+            members=tuple(tuple(members[leader]) for leader in order),
             local=local,
         )
+
+    def for_thread(self) -> World:
+        """Return the same ranks with communicators of their own, for another thread. Collective."""
+        return replace(World.of(self.MPI, self.comm), beside=True)
+
+    def on_node(self) -> World:
+        """Return the ranks of this node alone. Not collective."""
+        return replace(
+            self,
+            comm=self.local,
+            rank=self.local_rank,
+            size=self.local_size,
+            node=0,
+            nodes=1,
+            members=(tuple(range(self.local_size)),),
+        )
+
+    def alone(self) -> World:
+        """Return this rank alone. Not collective."""
+        return self.apart().on_node()
+
+    def apart(self) -> World:
+        """Return the same ranks, each as a node of its own. Not collective."""
+        return replace(
+            self,
+            local_rank=0,
+            local_size=1,
+            node=self.rank,
+            nodes=self.size,
+            members=tuple((rank,) for rank in range(self.size)),
+            local=self.MPI.COMM_SELF,
+        )
+
+    @property
+    def threads(self) -> bool:
+        """Whether several threads may call MPI at once (MPI_THREAD_MULTIPLE)."""
+        multiple: bool = self.MPI.Query_thread() == self.MPI.THREAD_MULTIPLE
+        return multiple
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         self.comm.Barrier()
+
+    def wait(self, requests: list[Any]) -> None:
+        """Complete `requests`, in place. Polls, and sleeps between: the core is free for others.
+
+        MPI's own waiting keeps a core busy, which may be another rank's, or that of this process's
+        own computation. It sleeps only where nothing has come for SPIN_SECONDS, so that messages
+        of a fast network are not kept waiting.
+        """
+        done = self.MPI.Request.Testall
+        start = time.perf_counter()
+        while not done(requests):
+            time.sleep(NAP_SECONDS if time.perf_counter() - start > SPIN_SECONDS else 0)
+
+    def gather_on_node(self, values: npt.NDArray[np.float64]) -> None:
+        """Fill in `values` (local_size,), whose own element each rank has set. Collective.
+
+        Returns when all ranks of this node have called it. With other nodes to wait for, waiting
+        may take long, and leaves the core to others.
+        """
+        if self.nodes == 1 and not self.beside:
+            self.local.Allgather(self.MPI.IN_PLACE, values)
+        else:
+            self.wait([self.local.Iallgather(self.MPI.IN_PLACE, values)])
 
     def agree(self, problem: MpidlError | str | None) -> None:
         """Raise on every rank if any rank passes a problem. Collective.

@@ -1,6 +1,7 @@
 """Strategies: how the ranks average gradients, and who updates what.
 
-`STRATEGIES` is the whole registry. Add a class of your own under a name, and use that name.
+`STRATEGIES` and `RULES` are the whole registry. Add a class of your own under a name, and use that
+name.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpidl import shared
+from mpidl import codecs, shared
 from mpidl.errors import InvalidArgument, NoSharedMemory, UnknownStrategy
 from mpidl.strategies import auto
+from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
 from mpidl.strategies.base import Strategy
 from mpidl.strategies.hierarchical import Hierarchical
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from mpidl.world import World
 
-STRATEGIES: dict[str, Callable[[World], Strategy]] = {
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "hierarchical": Hierarchical,
     "parameter_server": ParameterServer,
@@ -33,8 +35,15 @@ STRATEGIES: dict[str, Callable[[World], Strategy]] = {
     "sharded": Sharded,
 }
 
+#: What combines gradients into something else than their mean.
+RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
+TAKE_CODECS = ("hierarchical", "ring")  # the option `codec`
+
 __all__ = [
+    "RULES",
     "STRATEGIES",
+    "TAKE_CODECS",
+    "Adasum",
     "AllReduce",
     "Choice",
     "Hierarchical",
@@ -53,42 +62,66 @@ class Choice:
     strategy: Strategy
     name: str  #: in STRATEGIES; of one that was given, its class
     why: str
+    codec: codecs.AnyCodec | None = None
 
 
 def make(
-    strategy: str | Strategy, world: World, size: int = 0, *, on_device: bool = False
+    strategy: str | Strategy,
+    world: World,
+    size: int = 0,
+    *,
+    codec: codecs.Spec = None,
+    on_device: bool = False,
 ) -> Choice:
     """Return the strategy of this name, made for `world`; an instance is returned as it is.
 
-    Collective. "auto" chooses by topology, by the `size` of all parameters in bytes, and by
-    whether they are `on_device`. Where the ranks of a node cannot share memory, "hierarchical"
-    becomes "sharded", with a warning that says what to change.
+    Collective. "auto" chooses by topology, by the `size` of all parameters in bytes, by whether
+    they are `on_device`, and by whether there is a codec. Where the ranks of a node cannot share
+    memory, "hierarchical" becomes "sharded", with a warning that says what to change; with a codec
+    it stays itself, and takes each rank for a node.
 
     Raises on every rank UnknownStrategy for a name that any rank does not know, InvalidArgument
-    for a class, and RankMismatch where names or options differ between ranks.
+    for a class, for an unknown codec, and for one that the strategy does not take; RankMismatch
+    where names or options differ between ranks.
     """
     with world.together():
-        if isinstance(strategy, str) and strategy not in (*STRATEGIES, "auto"):
-            known = ", ".join(sorted([*STRATEGIES, "auto"]))
+        if isinstance(strategy, str) and strategy not in (*STRATEGIES, *RULES, "auto"):
+            known = ", ".join(sorted([*STRATEGIES, *RULES, "auto"]))
             raise UnknownStrategy(f"unknown strategy {strategy!r}; known are: {known}")
         if isinstance(strategy, type):
             raise InvalidArgument(f"strategy: expected a name or {strategy.__name__}(world, ...)")
+        coded = codecs.make(codec)
+        if coded is not None and strategy not in (*TAKE_CODECS, "auto"):
+            raise InvalidArgument(
+                f"codec {coded} with strategy {strategy!r}: expected one of "
+                f"{', '.join(TAKE_CODECS)}, which move the bytes themselves, or an instance made "
+                "with its own codec"
+            )
+    world.same(str(coded), "codec")
     world.same(strategy if isinstance(strategy, str) else _describe(strategy), "strategy")
     if not isinstance(strategy, str):
         return Choice(strategy, type(strategy).__name__, "as given")
     name, why = strategy, "as asked for"
     if strategy == "auto":
         name, why = auto.choose(world, size, on_device=on_device)
+        if coded is not None and name not in TAKE_CODECS:
+            name, why = TAKE_CODECS[0], "it takes the codec"
+    options = {} if coded is None else {"codec": coded}
     try:
-        made = STRATEGIES[name](world)
+        made = {**STRATEGIES, **RULES}[name](world, **options)
         if made.shared:  # a trial: as much as will be needed, though not yet used
             shared.allocate(world, max(1, size * (1 + world.local_size)))
-        return Choice(made, name, why)
+        return Choice(made, name, why, coded)
     except NoSharedMemory as error:  # on every rank
         why = f"in place of {name}: {error}"
+        if coded is not None:
+            why = f"each rank as a node of its own: {error}"
+            world, fallback = world.apart(), name
+        else:
+            fallback = auto.FALLBACK
         if world.rank == 0:
-            warnings.warn(f'strategy "{auto.FALLBACK}" {why}', RuntimeWarning, stacklevel=3)
-        return Choice(STRATEGIES[auto.FALLBACK](world), auto.FALLBACK, why)
+            warnings.warn(f'strategy "{fallback}" {why}', RuntimeWarning, stacklevel=3)
+        return Choice(STRATEGIES[fallback](world, **options), fallback, why, coded)
 
 
 def _describe(strategy: Strategy) -> str:

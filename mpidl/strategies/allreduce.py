@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from mpidl.staging import Staging
-from mpidl.strategies.base import private
+from mpidl.strategies.base import in_turn, private
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from mpidl.array import Array, Averages
+    from mpidl.array import Array, Averages, Layout, Stream
     from mpidl.world import World
 
 
@@ -30,7 +30,7 @@ class AllReduce:
     def __init__(self, world: World) -> None:
         self.world, self.staging = world, Staging()
 
-    def allocate(self, size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:
+    def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
         return private(size, dtype, xp)
 
@@ -47,6 +47,10 @@ class AllReduce:
                 with self.staging.host(chunk) as buffer:
                     self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
             yield part, grad[part]
+
+    def stream(self, grads: Sequence[Array], weight: float) -> Stream:
+        """Reduce one array after the other. Collective."""
+        return in_turn(self, grads, weight)
 
     def share(self, param: Array) -> None:
         """Nothing to send: every rank made the same update."""

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mpidl.world import World
 
 SMALL_BYTES = 1 << 12  # measured: below, MPI_Allreduce takes less time
+SMALL_BYTES_BETWEEN_NODES = 1 << 16
 FALLBACK = "sharded"  # where a node's memory cannot be shared: it moves as few bytes, and owns 1/P
 
 
@@ -20,8 +21,9 @@ def choose(world: World, size: int, *, on_device: bool) -> tuple[str, str]:
         return "allreduce", "one rank, nothing to average"
     if on_device:
         return "allreduce", "the model is on the GPU"
-    if world.nodes > 1:
-        return "allreduce", f"{world.nodes} nodes"
-    if size < SMALL_BYTES:
-        return "allreduce", f"one node, but only {size / 1e3:.1f} kB of parameters"
-    return "hierarchical", "one node, whose ranks share memory"
+    nodes = "one node" if world.nodes == 1 else f"{world.nodes} nodes"
+    if size < (SMALL_BYTES if world.nodes == 1 else SMALL_BYTES_BETWEEN_NODES):
+        return "allreduce", f"{nodes}, but only {size / 1e3:.1f} kB of parameters"
+    if world.nodes == 1:
+        return "hierarchical", "one node, whose ranks share memory"
+    return "hierarchical", f"{nodes}, and all ranks of a node send at once"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mpidl.array import Array, Averages
+    from mpidl.array import Array, Averages, Layout, Stream
 
 
 class Strategy(Protocol):
@@ -21,10 +21,13 @@ class Strategy(Protocol):
     #: Whether the ranks of a node have one parameter array, which users then must not write to.
     shared: ClassVar[bool]
 
-    def allocate(self, size: int, dtype: np.dtype[Any], xp: Any) -> tuple[Array, Array]:
+    def allocate(
+        self, size: int, dtype: np.dtype[Any], xp: Any, layout: Layout = ()
+    ) -> tuple[Array, Array]:
         """Return the parameter and the gradient array (size,), zeroed. Collective.
 
-        They lie in the memory the strategy works best in. `xp` is numpy or cupy.
+        They lie in the memory the strategy works best in. `xp` is numpy or cupy. `layout` tells
+        where which shapes lie, to those whose result depends on it.
         """
 
     def owned(self, size: int) -> slice:
@@ -43,6 +46,13 @@ class Strategy(Protocol):
         order. The generator must be run to its end.
         """
 
+    def stream(self, grads: Sequence[Array], weight: float) -> Stream:
+        """Yield what `reduce` yields for each of `grads`, with its number, in order. Collective.
+
+        For strategies that can begin with an array while another one's messages are on their way;
+        `in_turn` is for the others.
+        """
+
     def share(self, param: Array) -> None:
         """Publish the owned parts of `param` (n,), after their owners updated them. Collective.
 
@@ -57,6 +67,13 @@ class Strategy(Protocol):
 
     def close(self) -> None:
         """Give back what was taken. Not collective; safe after a failure."""
+
+
+def in_turn(strategy: Strategy, grads: Sequence[Array], weight: float) -> Stream:
+    """Reduce one array after the other."""
+    for i, grad in enumerate(grads):
+        for part, mean in strategy.reduce(grad, weight):
+            yield i, part, mean
 
 
 def private(size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
-from mpidl import shared
+from mpidl import codecs, exchange, shared
 from mpidl.array import ALIGNMENT_BYTES, UPDATE_BLOCK_BYTES, blocks
-from mpidl.errors import InvalidArgument, NoSharedMemory
+from mpidl.codecs import PowerSGD
+from mpidl.errors import InvalidArgument
+from mpidl.exchange import Exchange, Lane, Source
+from mpidl.lowrank import LowRank
+from mpidl.strategies.base import in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from mpidl.array import Array, Averages
+    from mpidl.array import Array, Averages, Layout, Stream
     from mpidl.world import World
 
 LINE = ALIGNMENT_BYTES // 4  # elements: a cache line of float32, two of float64
@@ -40,22 +46,28 @@ class Hierarchical:
        the owned parameters meanwhile: the mean itself is never written to memory;
     4. `share` waits for all peers to finish 3. Then 1 may begin again.
 
-    Each element is the sum over ranks in their order, whoever owns it: same bits in every run.
-    One node only: raises NoSharedMemory where there are more.
+    Between nodes, each rank exchanges its slice with those that own it there, all ranks of a node
+    at once: see `Exchange`. The sum on the node goes on while blocks are on their way. `codec`
+    makes them shorter; it is not used between ranks of a node, where nothing travels.
+
+    Each element is the sum over ranks in their order, node by node, whoever owns it: same bits in
+    every run.
     """
 
     shared: ClassVar[bool] = True
 
-    def __init__(self, world: World) -> None:
-        if world.nodes > 1:
-            raise NoSharedMemory(f"ranks on {world.nodes} nodes: hierarchical is for one node")
-        self.world = world
+    def __init__(self, world: World, codec: codecs.Spec = None) -> None:
+        self.world, self.codec = world, codecs.make(codec)
+        self.exchange = (
+            LowRank(world, self.codec)
+            if isinstance(self.codec, PowerSGD)
+            else Exchange(world, self.codec)
+        )
         self._weights = np.empty(world.local_size)
         self._scratch: dict[np.dtype[Any], Array] = {}  # two blocks of each dtype
-        # this rank's part, and the gradients of all ranks; by id of its own
-        self._known: dict[int, tuple[slice, list[Array]]] = {}
+        self._known: dict[int, _Known] = {}  # by id of the gradient
 
-    def allocate(self, size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:
+    def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return the node's parameter array and this rank's gradient (size,). Collective.
 
         Nothing is written: NUMA nodes hold what their own ranks write first. Raises
@@ -76,28 +88,56 @@ class Hierarchical:
         )
         if grad.dtype not in self._scratch:
             self._scratch[grad.dtype] = np.empty((2, UPDATE_BLOCK_BYTES // grad.itemsize), dtype)
-        self._known[id(grad)] = self.owned(size), grads
+        owned, lanes = self.owned(size), []
+        if self.world.nodes > 1:
+            lanes = list(exchange.lanes(size, self.world, _part))
+        state = self.exchange.state(owned, lanes, grad.dtype, layout) if lanes else {}
+        self._known[id(grad)] = _Known(owned, grads, lanes, state, layout)
         weakref.finalize(grad, self._known.pop, id(grad)).atexit = False
         return param, grad
 
+    def on_node(self) -> Hierarchical:
+        """Return the same on this node alone, for the same arrays. Not collective."""
+        twin = copy.copy(self)
+        twin.world = self.world.on_node()
+        return twin
+
     def owned(self, size: int) -> slice:
-        """Return this rank's part: no two ranks write to one cache line."""
-        rank, ranks = self.world.local_rank, self.world.local_size
-        lines = -(-size // LINE)
-        start, stop = (min(size, lines * r // ranks * LINE) for r in (rank, rank + 1))
-        return slice(start, stop)
+        """Return this rank's part: no two ranks of a node write to one cache line."""
+        return _part(size, self.world.local_rank, self.world.local_size)
+
+    def state(self, grad: Array) -> dict[str, Array]:
+        """Return what the codec keeps from step to step for the owned part of `grad` (n,)."""
+        return self._find(grad).state
 
     def reduce(self, grad: Array, weight: float) -> Averages:
-        """Add up the owned slice of the peers' weighted gradients (n,). Collective.
+        """Add up the owned slice of all ranks' weighted gradients (n,). Collective."""
+        if self.world.nodes == 1:
+            return self._sums(self._find(grad), grad.dtype, weight)
+        return ((part, mean) for _, part, mean in self.stream([grad], weight))
+
+    def stream(self, grads: Sequence[Array], weight: float) -> Stream:
+        """Reduce several, with messages of all of them on their way at once. Collective."""
+        if self.world.nodes == 1:
+            return in_turn(self, grads, weight)
+        sources = []
+        for grad in grads:
+            known = self._find(grad)
+            sums = self._sums(known, grad.dtype, weight)
+            sources.append(Source(grad, known.owned, sums, known.lanes, known.state, known.layout))
+        return self.exchange.average(sources)
+
+    def _sums(self, known: _Known, dtype: Any, weight: float) -> Averages:
+        """Add up the owned slice of the weighted gradients on this node.
 
         Equal weights, the usual case, are applied to the sum: one pass less.
         """
-        owned, peers = self._parts(grad)
+        owned, peers = known.owned, known.grads
         self._weights[self.world.local_rank] = weight
-        self.world.local.Allgather(self.world.MPI.IN_PLACE, self._weights)
+        self.world.gather_on_node(self._weights)
         weights: list[float] = self._weights.tolist()
-        even, scratch = min(weights) == max(weights), self._scratch[grad.dtype]
-        for block in blocks(grad[owned], UPDATE_BLOCK_BYTES):
+        even, scratch = min(weights) == max(weights), self._scratch[dtype]
+        for block in blocks(peers[0][owned], UPDATE_BLOCK_BYTES):
             part = slice(owned.start + block.start, owned.start + block.stop)
             total, addend = scratch[:, : part.stop - part.start]
             if even:
@@ -117,25 +157,43 @@ class Hierarchical:
         It is the node's one copy, in place of the lowest rank's gradient, where a slice is in cache
         when it has been added up. To be read, until `share` is called, as must be done.
         """
-        _, (mean, *_) = self._parts(grad)
+        mean = self._find(grad).grads[0]
         for part, piece in self.reduce(grad, weight):
             mean[part] = piece
         self.world.local.Barrier()
         return mean
 
-    def share(self, param: Array) -> None:  # noqa: ARG002  # all have it
+    def share(self, param: Array) -> None:
         """Wait until all peers have updated their slices, and need our gradient no more."""
         self.world.local.Barrier()
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Add up what the ranks own. Collective."""
-        return self.world.sum(values)
+        """Add up what the ranks of a node own: node 0's, for the same bits on all. Collective."""
+        return self.world.sum(values if self.world.node == 0 else [0.0] * len(values))
 
     def close(self) -> None:
         """Nothing: the memory goes when the arrays in it go."""
 
-    def _parts(self, grad: Array) -> tuple[slice, list[Array]]:
-        """Return this rank's part, and the gradients of all ranks, given its own."""
+    def _find(self, grad: Array) -> _Known:
+        """Return what is known of a gradient."""
         if id(grad) not in self._known:
             raise InvalidArgument("hierarchical: expected a gradient that it allocated")
         return self._known[id(grad)]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What there is to know of an array."""
+
+    owned: slice  #: this rank's part
+    grads: list[Array]  #: of all ranks of the node
+    lanes: list[Lane]  #: of the owned part, in order; none on one node, or if that part is empty
+    state: dict[str, Array]  #: the codec's
+    layout: Layout
+
+
+def _part(size: int, rank: int, ranks: int) -> slice:
+    """Return the part of an array (size,) that local rank `rank` of `ranks` owns."""
+    lines = -(-size // LINE)
+    start, stop = (min(size, lines * r // ranks * LINE) for r in (rank, rank + 1))
+    return slice(start, stop)

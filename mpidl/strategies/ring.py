@@ -9,14 +9,14 @@ import numpy as np
 from mpidl.array import namespace, synchronize
 from mpidl.errors import InvalidArgument
 from mpidl.staging import Staging
-from mpidl.strategies.base import private
+from mpidl.strategies.base import in_turn, private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
-    from mpidl.array import Array, Averages
+    from mpidl.array import Array, Averages, Layout, Stream
     from mpidl.world import World
 
 RECEIVES = 2  # posted ahead: one fills while the other is added
@@ -40,7 +40,7 @@ class Ring:
             raise InvalidArgument(f"chunk_bytes={chunk_bytes}: expected 64 or more")
         self.world, self.chunk_bytes, self.staging = world, chunk_bytes, Staging()
 
-    def allocate(self, size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:
+    def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
         return private(size, dtype, xp)
 
@@ -54,6 +54,10 @@ class Ring:
             with self.staging.host(grad) as buffer:
                 self._round(buffer, weight)
         yield slice(0, grad.size), grad
+
+    def stream(self, grads: Sequence[Array], weight: float) -> Stream:
+        """Reduce one array after the other. Collective."""
+        return in_turn(self, grads, weight)
 
     def share(self, param: Array) -> None:
         """Nothing to send: every rank made the same update."""

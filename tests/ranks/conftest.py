@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,30 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def world() -> mpidl.World:
     return mpidl.init()
+
+
+def as_nodes(world: mpidl.World, node_of: Callable[[int], int]) -> mpidl.World:
+    """Return the world as it would be with rank r on the `node_of(r)`-th node. Collective."""
+    local = world.comm.Split(node_of(world.rank), world.rank)
+    leaders = world.gather(local.bcast(world.rank))
+    order = sorted(set(leaders))
+    return replace(
+        world,
+        local=local,
+        local_rank=local.rank,
+        local_size=local.size,
+        node=order.index(leaders[world.rank]),
+        nodes=len(order),
+        members=tuple(tuple(r for r, found in enumerate(leaders) if found == n) for n in order),
+    )
+
+
+#: Ways to place ranks on nodes.
+PLACEMENTS: dict[str, Callable[[int], int]] = {
+    "each rank on a node": lambda rank: rank,
+    "rank 0 alone, the others together": lambda rank: min(rank, 1),
+    "round robin on two nodes": lambda rank: rank % 2,
+}
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import itertools
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +14,9 @@ import pytest
 
 import mpidl
 from mpidl import data, nn, optim
-from mpidl.errors import InvalidArgument, NoSharedMemory
+from mpidl.errors import InvalidArgument
 from mpidl.strategies import STRATEGIES, Hierarchical, auto, hierarchical, make
-from tests.ranks.conftest import DEVICE
+from tests.ranks.conftest import DEVICE, as_nodes
 from tests.ranks.test_parallel import make_data, make_model, train_alone, weights_of
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it shares host memory, not a GPU's")
@@ -196,13 +195,6 @@ def test_what_auto_makes(world: mpidl.World) -> None:
     for made in (small, large):
         assert type(made.strategy) is STRATEGIES[made.name]
     assert make("auto", world, 1 << 30, on_device=True).name == "allreduce"
-
-
-def test_several_nodes(world: mpidl.World) -> None:
-    two = replace(world, nodes=2)
-    with pytest.raises(NoSharedMemory, match=r"^ranks on 2 nodes: hierarchical is for one node$"):
-        Hierarchical(two)
-    warns = pytest.warns(RuntimeWarning, match='"sharded" in place of hierarchical: ranks on 2 nod')
-    with warns if world.rank == 0 else nullcontext():
-        assert make("hierarchical", two).name == "sharded"
-    assert make("auto", two, 1 << 30).name == "allreduce"
+    several = as_nodes(world, lambda rank: rank % 2)
+    if several.nodes > 1:
+        assert make("auto", several, 1 << 30).name == "hierarchical"

@@ -12,8 +12,8 @@ import pytest
 import mpidl
 from mpidl.array import to_numpy
 from mpidl.errors import InvalidArgument, RankMismatch, UnknownStrategy
-from mpidl.strategies import ParameterServer, Ring, Strategy, make
-from tests.ranks.conftest import STRATEGIES
+from mpidl.strategies import Hierarchical, ParameterServer, Ring, Strategy, make
+from tests.ranks.conftest import DEVICE, PLACEMENTS, STRATEGIES, as_nodes
 
 RANKS = mpidl.init().size
 VARIANTS: dict[str, Callable[[mpidl.World], Strategy]] = {
@@ -22,6 +22,13 @@ VARIANTS: dict[str, Callable[[mpidl.World], Strategy]] = {
     "ring, chunks of 4 KiB": partial(Ring, chunk_bytes=4096),
     **{f"{s} servers": partial(ParameterServer, servers=s) for s in range(2, RANKS + 1)},
 }
+if DEVICE == "cpu":
+    VARIANTS |= {
+        f"hierarchical, {name}": lambda world, node_of=node_of: Hierarchical(
+            as_nodes(world, node_of)
+        )
+        for name, node_of in PLACEMENTS.items()
+    }
 LENGTHS = [0, 1, 7, 1024, 1_000_000]
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
 

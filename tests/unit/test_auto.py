@@ -24,6 +24,7 @@ def world(size: int, nodes: int = 1, local_size: int | None = None) -> World:
         local_size=local_size or size // nodes,
         node=nodes - 1,
         nodes=nodes,
+        members=(),
         local=mpi,
     )
 
@@ -41,13 +42,22 @@ def test_the_ranks_of_one_node_share_memory(size: int) -> None:
         pytest.param(world(1), True, "one rank, nothing to average", id="alone, on the GPU"),
         pytest.param(world(4), True, "the model is on the GPU", id="GPU"),
         pytest.param(world(4, 2), True, "the model is on the GPU", id="GPUs of 2 nodes"),
-        pytest.param(world(4, 2), False, "2 nodes", id="nodes"),
-        pytest.param(world(3, 3), False, "3 nodes", id="a rank on each node"),
-        pytest.param(world(5, 2, 4), False, "2 nodes", id="nodes of unequal size"),
     ],
 )
 def test_elsewhere_it_is_allreduce(where: World, on_device: bool, why: str) -> None:
     assert auto.choose(where, LARGE, on_device=on_device) == ("allreduce", why)
+
+
+@pytest.mark.parametrize("where", [world(4, 2), world(3, 3), world(5, 2, 4)])
+def test_all_ranks_of_a_node_send_to_other_nodes(where: World) -> None:
+    name, why = auto.choose(where, LARGE, on_device=False)
+    assert (name, why) == (
+        "hierarchical",
+        f"{where.nodes} nodes, and all ranks of a node send at once",
+    )
+    name, why = auto.choose(where, auto.SMALL_BYTES_BETWEEN_NODES - 1, on_device=False)
+    assert name == "allreduce"
+    assert why.startswith(f"{where.nodes} nodes, but only ")
 
 
 def test_few_parameters_are_not_worth_the_waiting() -> None:

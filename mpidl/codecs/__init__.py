@@ -1,0 +1,60 @@
+"""Codecs: gradients in fewer bytes, for strategies that move the bytes themselves.
+
+`CODECS` is the whole registry. Add a class of your own under a name, and use that name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from mpidl.codecs.base import Codec
+from mpidl.codecs.half import Bf16, Fp16
+from mpidl.codecs.int8 import Int8
+from mpidl.codecs.powersgd import PowerSGD
+from mpidl.codecs.signsgd import SignSGD
+from mpidl.codecs.topk import TopK
+from mpidl.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+AnyCodec: TypeAlias = "Codec | PowerSGD"
+#: What users may pass: a name in CODECS, a codec, or None for none.
+Spec: TypeAlias = "str | AnyCodec | None"
+
+CODECS: dict[str, Callable[[], AnyCodec]] = {
+    "bf16": Bf16,
+    "fp16": Fp16,
+    "int8": Int8,
+    "powersgd": PowerSGD,
+    "signsgd": SignSGD,
+    "topk": TopK,
+}
+
+__all__ = [
+    "CODECS",
+    "AnyCodec",
+    "Bf16",
+    "Codec",
+    "Fp16",
+    "Int8",
+    "PowerSGD",
+    "SignSGD",
+    "Spec",
+    "TopK",
+    "make",
+]
+
+
+def make(codec: Spec) -> AnyCodec | None:
+    """Return the codec of this name, with its usual options; an instance, or None, as it is.
+
+    Raises InvalidArgument for an unknown name, and for a class.
+    """
+    if isinstance(codec, type):
+        raise InvalidArgument(f"codec: expected a name or {codec.__name__}(...)")
+    if not isinstance(codec, str):
+        return codec
+    if codec not in CODECS:
+        raise InvalidArgument(f"unknown codec {codec!r}; known are: {', '.join(sorted(CODECS))}")
+    return CODECS[codec]()

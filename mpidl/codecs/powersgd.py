@@ -1,0 +1,24 @@
+"""PowerSGD: matrices as products of two thin ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from mpidl.errors import InvalidArgument
+
+
+@final
+@dataclass(frozen=True)
+class PowerSGD:
+    """A gradient of m x n numbers travels as `rank` (m + n); see `mpidl.lowrank.LowRank`.
+
+    It is no codec of single pieces: what it sends of a matrix depends on what others sent. Arrays
+    of one axis, and matrices that would not become less than half as long, travel as they are.
+    """
+
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rank != int(self.rank) or self.rank < 1:
+            raise InvalidArgument(f"PowerSGD(rank={self.rank}): expected a whole number from 1 on")

@@ -1,0 +1,251 @@
+"""Whether, when and in what groups gradients are averaged while backward goes on."""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpidl.errors import InvalidArgument
+from mpidl.reducer import Reducer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from mpidl.autograd import Tensor
+    from mpidl.bucket import Bucket
+    from mpidl.strategies import Strategy
+    from mpidl.world import World
+
+WATCHED, MEASURED = 2, 3  # steps
+FIRST_BYTES = 1 << 20  # of the first group: communication begins early
+GROUP_BYTES = 4 << 20  # of the others, at first
+ADVICE = "pass overlap=False"
+
+
+class Overlap:
+    """Starts a `Reducer` in each step, and tells it what is ready.
+
+    The first steps are watched only: where gradients come in one backward, for the samples that
+    were counted, on all ranks, the following ones overlap. Then the time of each bucket and that of
+    its messages are known, and the buckets are grouped so that the last is averaged the soonest;
+    `groups` stay as they are from there on, and are the same on all ranks.
+
+    Args:
+        world: for the calling thread; `strategy` must be made for another, or be alone in using it.
+        parameters: by name, as in the buckets.
+        samples: returns how many this rank's model was called with in this step.
+        group_bytes: about how many bytes to average at a time; None to find out.
+        asked: whether to warn where it cannot be.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        beside: World,
+        strategy: Strategy,
+        buckets: Sequence[Bucket],
+        parameters: Mapping[str, Tensor],
+        samples: Callable[[], float | None],
+        *,
+        group_bytes: int | None = None,
+        asked: bool = False,
+    ) -> None:
+        self.world, self.strategy, self.buckets = world, strategy, buckets
+        self.active = False
+        self._beside, self._samples, self._asked = beside, samples, asked
+        self._nbytes = [flat.grad.nbytes for flat in buckets]
+        self._tunes = group_bytes is None
+        self.groups = grouped(self._nbytes, group_bytes or GROUP_BYTES)
+        self._steps = 0
+        self._irregular: str | None = None
+        self._reducer: Reducer | None = None
+        self._start: float | None = None  # of this step's first gradient
+        self._ready_at: list[np.ndarray[Any, Any]] = []  # of each bucket, in each step; seconds
+        self._spent: list[list[float]] = []  # on each group
+        self._bucket_of: dict[int, int] = {}
+        complete = weakref.WeakMethod(self._complete)
+
+        def on_gradient(parameter: Tensor) -> None:
+            hook = complete()
+            if hook is not None:
+                hook(parameter)
+
+        self._removals = []
+        for i, flat in enumerate(buckets):
+            for name in flat.places:
+                self._bucket_of[id(parameters[name])] = i
+                self._removals.append(parameters[name].on_gradient(on_gradient))
+        self._seen: set[int] = set()
+        self._reset()
+
+    @property
+    def begun(self) -> bool:
+        """Whether this step's gradients are being averaged."""
+        return self._reducer is not None
+
+    def finish(self, weight: float) -> tuple[bool, InvalidArgument | None]:
+        """End the step, for `weight` samples. Collective.
+
+        Returns whether the buckets hold means already, the same on all ranks; and what was wrong.
+        """
+        if self._irregular is None and self._start is not None and self._samples() != weight:
+            self._irregular = f"step(weight={weight:g}), but {self._samples()} samples were counted"
+        averaged, problem = False, None
+        if self.active:
+            if self._reducer is None:
+                self._begin(weight)
+            assert self._reducer is not None
+            self._reducer.finish()
+            averaged = self._reducer.total > 0
+            if averaged and self._irregular is not None:
+                problem = InvalidArgument(
+                    f"{self._irregular}, in a step whose gradients were averaged while backward "
+                    f"went on: {ADVICE}"
+                )
+            if averaged:
+                self._spent.append(self._reducer.seconds)
+        self._ready_at.append(self._times)
+        self._reset()
+        self._steps += 1
+        if self._steps == WATCHED:
+            self._decide()
+        elif self._steps == WATCHED + MEASURED and self.active and self._tunes:
+            self._tune()
+        return averaged, problem
+
+    def forget(self) -> None:
+        """Note that the gradients so far are not for a step. Raises where some are averaged."""
+        if self._start is None:
+            return
+        if self._reducer is not None:
+            raise InvalidArgument(
+                "zero_grad() after a backward whose gradients are being averaged already, unlike "
+                f"in the first steps: {ADVICE}"
+            )
+        self._irregular = "gradients were forgotten after backward"
+        self._reset()
+
+    def close(self) -> None:
+        """End this. Not collective."""
+        self.active = False
+        for remove in self._removals:
+            remove()
+
+    def _reset(self) -> None:
+        self._reducer, self._start = None, None
+        self._left = [len(flat.places) for flat in self.buckets]
+        self._times = np.zeros(len(self.buckets))
+        self._seen.clear()
+        if self.active:
+            self._irregular = None
+
+    def _complete(self, parameter: Tensor) -> None:
+        """Count a gradient that is complete."""
+        now = time.perf_counter()
+        if self._start is None:
+            self._start = now
+        if id(parameter) in self._seen:
+            self._irregular = "several backward passes in a step"
+            return
+        self._seen.add(id(parameter))
+        if self.active and self._reducer is None:
+            self._begin(self._samples())
+        i = self._bucket_of[id(parameter)]
+        self._left[i] -= 1
+        if not self._left[i]:
+            self._times[i] = now - self._start
+            if self._reducer is not None:
+                self._reducer.ready(i)
+
+    def _begin(self, samples: float | None) -> None:
+        self._reducer = Reducer(self._beside, self.strategy, self.buckets, self.groups, samples)
+        self._reducer.start()
+
+    def _decide(self) -> None:
+        """Overlap from now on, if all ranks can. Collective."""
+        reasons = [reason for reason in self.world.gather(self._irregular) if reason]
+        self.active = not reasons
+        if reasons:
+            self.close()
+            if self._asked and self.world.rank == 0:
+                warnings.warn(f"overlap=True, but not here: {reasons[0]}", stacklevel=5)
+
+    def _tune(self) -> None:
+        """Choose the groups for which the last bucket is averaged the soonest. Collective."""
+        times = self.world.gather((np.mean(self._ready_at, axis=0), self._spent))
+        ready = np.max([ready for ready, _ in times], axis=0)
+        if not self._spent:  # on no rank
+            return
+        in_order = np.maximum.accumulate(ready).tolist()  # a bucket waits for those before it
+        spent = np.median([seconds for _, found in times for seconds in found], axis=0).tolist()
+        sizes = [sum(self._nbytes[i] for i in group) for group in self.groups]
+        latency, per_byte = fit(sizes, spent)
+        candidates = [grouped(self._nbytes, 1 << power) for power in range(16, 33)]
+        ends = [last_end(g, in_order, self._nbytes, latency, per_byte) for g in candidates]
+        # rank 0's numbers count; of equals the largest: fewer messages
+        best = min(range(len(ends)), key=lambda i: (round(ends[i], 5), -i))
+        self.groups = self.world.broadcast(candidates[best])
+        self._ready_at.clear()
+        self._spent.clear()
+
+
+def for_thread(world: World, overlap: bool | str, *obstacles: tuple[str, bool]) -> World | None:
+    """Return the world for the thread of an `Overlap`, or None where there is none. Collective.
+
+    `obstacles` are names of what nothing can overlap with, and whether it is there.
+    """
+    if overlap is False or (overlap == "auto" and world.nodes == 1):
+        return None
+    reasons = [name for name, there in obstacles if there]
+    if not world.threads:
+        reasons.append("an MPI without MPI_THREAD_MULTIPLE")
+    if not reasons:
+        return world.for_thread()
+    if overlap is True and world.rank == 0:
+        text = f"overlap=True, but not here: not with {' or '.join(reasons)}"
+        warnings.warn(text, stacklevel=3)
+    return None
+
+
+def grouped(nbytes: Sequence[int], size: int) -> list[list[int]]:
+    """Return the numbers of buckets in groups of about `size` bytes; the first is small."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for i, n in enumerate(nbytes):
+        wanted = min(size, FIRST_BYTES) if len(groups) == 1 else size
+        if groups[-1] and held + n > wanted:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += n
+    return groups
+
+
+def fit(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Return latency and seconds per byte, neither below 0, of the line through these points."""
+    if len(set(sizes)) == 1:
+        return 0.0, seconds[0] / sizes[0]
+    slope, start = np.polyfit(sizes, seconds, 1)
+    if slope <= 0:
+        return float(np.mean(seconds)), 0.0
+    if start < 0:
+        return 0.0, float(np.sum(seconds) / np.sum(sizes))
+    return float(start), float(slope)
+
+
+def last_end(
+    groups: Sequence[Sequence[int]],
+    ready: Sequence[float],
+    nbytes: Sequence[int],
+    latency: float,
+    per_byte: float,
+) -> float:
+    """Return when the last group is averaged: one after the other, none before it is ready."""
+    end = 0.0
+    for group in groups:
+        end = max(end, ready[group[-1]]) + latency + per_byte * sum(nbytes[i] for i in group)
+    return end

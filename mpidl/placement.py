@@ -1,0 +1,138 @@
+"""Where the parameters of a model live: in the buckets, as views into them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpidl.array import is_device, namespace, to_numpy
+from mpidl.bucket import check_dtype
+from mpidl.errors import InvalidArgument
+from mpidl.staging import Staging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpidl.array import Array
+    from mpidl.autograd import Tensor
+    from mpidl.bucket import Bucket
+    from mpidl.nn import Module
+    from mpidl.strategies import Strategy
+    from mpidl.world import World
+
+
+def check_parameters(model: Module, world: World) -> None:
+    """Compare parameters and buffers with rank 0's, all but their values. Collective.
+
+    Raises on every rank RankMismatch where they differ, InvalidArgument where nothing is to train,
+    and UnsupportedDtype.
+    """
+    every = model.named_parameters()
+    mine = [
+        f"{'frozen ' * (not p.requires_grad)}parameter {name} of shape {p.shape}, {p.dtype}, "
+        + ("on the GPU" if is_device(p.data) else "on the CPU")
+        for name, p in every.items()
+    ]
+    mine += [
+        f"buffer {name} of shape {b.shape}, {b.dtype}" for name, b in model.named_buffers().items()
+    ]
+    with world.together():
+        if not any(p.requires_grad for p in every.values()):
+            frozen = " to train: all are frozen" if every else ""
+            raise InvalidArgument(f"{type(model).__name__} has no parameters{frozen}")
+        for name, p in every.items():
+            if p.requires_grad:
+                check_dtype(p.data, f"parameter {name}")
+    first = world.broadcast(mine)
+    pairs = zip(mine + ["no more"] * len(first), first + ["no more"] * len(mine), strict=False)
+    world.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
+
+
+class Placement:
+    """Moves the parameters to train into `buckets`, and sees to it that they stay there.
+
+    Collective: all ranks get rank 0's values, of buffers and frozen parameters too. As after an
+    update, the owners write, into memory that may be shared, and publish.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        world: World,
+        strategy: Strategy,
+        buckets: Sequence[Bucket],
+    ) -> None:
+        every = model.named_parameters()
+        self._trained = {name: p for name, p in every.items() if p.requires_grad}
+        self._frozen = {name: p for name, p in every.items() if not p.requires_grad}
+        self._places: dict[str, tuple[Array, Array]] = {}
+        self._shared = strategy.shared
+        staging, root = Staging(), world.rank == 0
+        for flat in buckets:
+            values = namespace(flat.param).zeros_like(flat.param)
+            for name, part in flat.slices().items():
+                values[part] = self._trained[name].data.reshape(-1)
+            for part in staging.chunks(values):
+                with staging.host(values[part], read=root, write=not root) as buffer:
+                    world.comm.Bcast(buffer)
+            owned = strategy.owned(flat.param.size)
+            flat.param[owned] = values[owned]
+            strategy.share(flat.param)
+            for name, param, grad in flat.views():
+                self._trained[name].bind(param, grad)
+                self._places[name] = param, grad
+        staging.close()
+        self.lock(True)
+        buffers = model.buffers()
+        arrays = world.broadcast([to_numpy(b.data) for b in buffers])
+        for kept, value in zip(buffers, arrays, strict=True):
+            kept.data[...] = namespace(kept.data).asarray(value)
+        for frozen in self._frozen.values():  # one by one: most of a large model may be frozen
+            value = world.broadcast(to_numpy(frozen.data))
+            frozen.data[...] = namespace(frozen.data).asarray(value)
+
+    def lock(self, locked: bool) -> None:
+        """Let nobody, or anybody, write to parameters that other ranks see too."""
+        for parameter in self._trained.values():
+            if self._shared and not is_device(parameter.data):
+                parameter.data.flags.writeable = not locked
+
+    def problem(self, step: str) -> InvalidArgument | None:
+        """Return what is wrong with a parameter that does not train as it did at the start."""
+        if not self._places:
+            return InvalidArgument(f"{step}: this DataParallel was closed")
+        for name, p in self._trained.items():
+            if not p.requires_grad:
+                return InvalidArgument(
+                    f"{step}: parameter {name} was frozen after DataParallel was made, and its "
+                    "optimizer could still move it: set its requires_grad to True before step(), "
+                    "or make another DataParallel"
+                )
+            if p.data is not self._places[name][0]:
+                return _left(f"{step}: parameter {name}")
+        for name, p in self._frozen.items():
+            if p.requires_grad:
+                return InvalidArgument(
+                    f"{step}: parameter {name} was frozen when DataParallel was made, and has no "
+                    "optimizer: set its requires_grad to False, or make another DataParallel"
+                )
+        return None
+
+    def gradient_problem(self, step: str, name: str, parameter: Tensor) -> InvalidArgument | None:
+        """Return what is wrong where the gradient of a parameter is not in its bucket."""
+        if parameter.grad is self._places[name][1]:
+            return None
+        return _left(f"{step}: parameter {name}")
+
+    def release(self) -> None:
+        """Move the parameters to memory that is this rank's alone."""
+        for parameter in self._trained.values():
+            parameter.drop_grad()
+            parameter.data = parameter.data.copy()
+        self._places.clear()
+
+
+def _left(what: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{what} has left its bucket: set values with DataParallel.load_state_dict, and give a "
+        "model to one DataParallel only"
+    )

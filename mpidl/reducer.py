@@ -1,0 +1,88 @@
+"""A thread that averages gradients while backward still makes others."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpidl.bucket import Bucket
+    from mpidl.strategies import Strategy
+    from mpidl.world import World
+
+
+class Reducer(threading.Thread):
+    """Averages the buckets of one step, group by group, each as soon as it is ready. Collective.
+
+    It calls the strategy as anybody would, and so makes the messages' progress itself: MPI moves
+    those of a non-blocking call only while somebody calls MPI. The order of the groups is fixed,
+    whatever the order in which gradients come: ranks agree without asking.
+
+    Afterwards each bucket's gradient holds the mean in its owned part. `samples` behind this rank's
+    gradients are told at the start; None where they are not known. Where that is so on any rank,
+    nothing is averaged, and `total` stays 0.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        strategy: Strategy,
+        buckets: Sequence[Bucket],
+        groups: Sequence[Sequence[int]],
+        samples: float | None,
+    ) -> None:
+        super().__init__(name="mpidl reducer", daemon=True)
+        self.samples = samples
+        self.total = 0.0  #: of all ranks' samples
+        self.seconds: list[float] = []  #: that averaging each group took
+        self.error: BaseException | None = None
+        self._world, self._strategy = world, strategy
+        self._buckets, self._groups = buckets, groups
+        self._ready = [threading.Event() for _ in buckets]
+
+    def ready(self, bucket: int) -> None:
+        """Tell that this rank's gradient in bucket number `bucket` is complete. Not collective."""
+        self._ready[bucket].set()
+
+    def finish(self) -> None:
+        """Declare all buckets ready, wait for the end, and raise what went wrong. Collective."""
+        for event in self._ready:
+            event.set()
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+    def run(self) -> None:
+        """Do it all; in the thread."""
+        try:
+            self._run()
+        except BaseException as error:  # told in `finish`, to whoever waits there
+            self.error = error
+
+    def _run(self) -> None:
+        known = self.samples is not None and math.isfinite(self.samples)
+        counts = np.array([self.samples if known else 0, not known], np.float64)
+        world = self._world
+        world.wait([world.comm.Iallreduce(world.MPI.IN_PLACE, counts)])
+        total, unknown = counts.tolist()
+        if unknown or not total:
+            return
+        assert self.samples is not None
+        for group in self._groups:
+            for i in group:
+                self._ready[i].wait()
+            start = time.perf_counter()
+            if not self.samples:  # what the gradients hold may be NaN
+                for i in group:
+                    self._buckets[i].grad.fill(0)
+            grads = [self._buckets[i].grad for i in group]
+            for i, part, mean in self._strategy.stream(grads, self.samples / total):
+                grads[i][part] = mean
+            self.seconds.append(time.perf_counter() - start)
+        self.total = total

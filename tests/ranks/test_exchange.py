@@ -1,0 +1,229 @@
+"""Averages between nodes: exact and encoded, with nodes of any number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mpidl
+from mpidl import exchange, nn, optim
+from mpidl.codecs import CODECS, PowerSGD, TopK
+from mpidl.errors import InvalidArgument
+from mpidl.strategies import Hierarchical, make
+from tests.ranks.conftest import DEVICE, PLACEMENTS, as_nodes
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="hierarchical works in host memory")
+
+SEVERAL_BLOCKS = 300_001
+#: of the largest |x|: what two encodings, of a sum and of a mean, may be off by
+BOUNDS = {"fp16": 2 * 2**-11, "bf16": 2 * 2**-8, "int8": 2 / 127}
+
+
+@pytest.fixture(params=PLACEMENTS)
+def nodes(request: pytest.FixtureRequest, world: mpidl.World) -> mpidl.World:
+    return as_nodes(world, PLACEMENTS[request.param])
+
+
+def mean_of(
+    strategy: Hierarchical, param: Any, grad: Any, local: Any, weight: float
+) -> Any:  # the whole of it
+    grad[:] = local
+    for part, mean in strategy.reduce(grad, weight):
+        param[part] = mean
+    strategy.share(param)
+    return param.copy()
+
+
+def equal_everywhere(world: mpidl.World, values: Any) -> bool:
+    return len(set(world.gather(values.tobytes()))) == 1
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 1000, SEVERAL_BLOCKS])
+def test_lanes_cover_what_a_rank_owns(nodes: mpidl.World, n: int) -> None:
+    strategy = Hierarchical(nodes)
+    _, grad = strategy.allocate(n, np.dtype("float32"), np)
+    owned, lanes = strategy.owned(n), strategy._known[id(grad)].lanes
+    if nodes.nodes == 1 or owned.start == owned.stop:
+        assert not lanes
+    else:
+        assert lanes[0].part.start == owned.start
+        assert lanes[-1].part.stop == owned.stop
+    for lane, following in itertools.pairwise(lanes):
+        assert lane.part.stop == following.part.start
+    for lane in lanes:
+        assert lane.ranks[lane.place] == nodes.rank
+        assert [r in nodes.members[i] for i, r in enumerate(lane.ranks)] == [True] * nodes.nodes
+    mine = [(lane.part.start, lane.part.stop, lane.ranks) for lane in lanes]
+    for rank, others in enumerate(nodes.gather(mine)):
+        ours = {lane for lane in mine if rank in lane[2]}
+        assert ours == {lane for lane in others if nodes.rank in lane[2]}
+
+
+def test_each_rank_sends_no_more_than_it_must(nodes: mpidl.World, own: Any) -> None:
+    strategy = Hierarchical(nodes)
+    param, grad = strategy.allocate(SEVERAL_BLOCKS, np.dtype("float32"), np)
+    mean_of(strategy, param, grad, own.standard_normal(SEVERAL_BLOCKS), 1 / nodes.size)
+    sent = nodes.gather(strategy.exchange.sent_bytes)
+    for members in nodes.members:
+        least = 2 * (nodes.nodes - 1) / nodes.nodes * grad.nbytes
+        assert sum(sent[r] for r in members) == pytest.approx(least, abs=16 * nodes.size * 50)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("n", [1, 1000, SEVERAL_BLOCKS])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_encoded_mean_is_near(
+    nodes: mpidl.World, name: str, n: int, dtype: str, own: Any
+) -> None:
+    strategy = Hierarchical(nodes, name)
+    param, grad = strategy.allocate(n, np.dtype(dtype), np)
+    local = own.standard_normal(n).astype(dtype)
+    found = mean_of(strategy, param, grad, local, 1 / nodes.size)
+    gathered = nodes.gather(local)
+    largest = np.sum([np.abs(x).max() for x in gathered])  # the blocks of a node's sum hold less
+    np.testing.assert_allclose(
+        found, np.mean(gathered, axis=0), rtol=0, atol=BOUNDS[name] * largest
+    )
+    assert equal_everywhere(nodes, found)
+
+
+@pytest.mark.parametrize("codec", ["signsgd", TopK(0.05)])
+def test_what_is_left_out_follows(nodes: mpidl.World, codec: Any, own: Any) -> None:
+    """The means of many steps add up to the true ones, but for what still waits."""
+    n, steps = 5000, 60
+    strategy = Hierarchical(nodes, codec)
+    param, grad = strategy.allocate(n, np.dtype("float32"), np)
+    local = own.standard_normal(n).astype(np.float32)
+    total = np.zeros(n)
+    for _ in range(steps):
+        found = mean_of(strategy, param, grad, local, 1 / nodes.size)
+        assert equal_everywhere(nodes, found)
+        total += found
+    expected = np.mean(nodes.gather(local), axis=0)
+    error = np.linalg.norm(total / steps - expected) / np.linalg.norm(expected)
+    assert error < 0.35
+    state = strategy.state(grad)
+    if nodes.nodes == 1:
+        assert error < 1e-5
+        assert not state
+    else:
+        assert set(state) == {"codec_error"}
+
+
+def layers_of(shapes: list[tuple[int, ...]]) -> tuple[int, list[tuple[int, tuple[int, ...]]]]:
+    layout, end = [], 0
+    for shape in shapes:
+        layout.append((end, shape))
+        end += -(-math.prod(shape) // 16) * 16
+    return end, layout
+
+
+def test_matrices_of_low_rank_are_exact(nodes: mpidl.World, own: Any) -> None:
+    n, layout = layers_of([(120, 80), (50,), (64, 4, 9), (3, 3)])
+    strategy = Hierarchical(nodes, PowerSGD(4))
+    param, grad = strategy.allocate(n, np.dtype("float32"), np, layout)
+    local = np.zeros(n, np.float32)
+    shared = np.random.default_rng(7)
+    for start, shape in layout:
+        size, rows = math.prod(shape), shape[0]
+        whole = own.standard_normal(size)
+        if len(shape) > 1 and size > 100:  # of rank 2 on every rank, in directions all share
+            directions = shared.standard_normal((2, size // rows))
+            whole = (own.standard_normal((rows, 2)) @ directions).reshape(-1)
+        local[start : start + size] = whole
+    expected = np.mean(nodes.gather(local), axis=0)
+    found = mean_of(strategy, param, grad, local, 1 / nodes.size)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert equal_everywhere(nodes, found)
+
+
+def test_power_iteration_with_feedback_finds_any_mean(nodes: mpidl.World, own: Any) -> None:
+    n, layout = layers_of([(100, 90)])
+    strategy = Hierarchical(nodes, PowerSGD(2))
+    param, grad = strategy.allocate(n, np.dtype("float32"), np, layout)
+    local = own.standard_normal(n).astype(np.float32)
+    expected = np.mean(nodes.gather(local), axis=0)
+    total, steps = np.zeros(n), 200
+    for _ in range(steps):
+        total += mean_of(strategy, param, grad, local, 1 / nodes.size)
+    assert np.linalg.norm(total / steps - expected) / np.linalg.norm(expected) < 0.4
+    before = strategy.exchange.sent_bytes
+    mean_of(strategy, param, grad, local, 1 / nodes.size)
+    if nodes.nodes > 1:
+        assert strategy.exchange.sent_bytes - before < grad.nbytes / 4
+        assert set(strategy.state(grad)) == {"codec_error", "codec_directions"}
+
+
+def test_several_gradients_at_once(nodes: mpidl.World, own: Any) -> None:
+    strategy = Hierarchical(nodes)
+    sizes = [0, 1, 1000, SEVERAL_BLOCKS, 5]
+    made = [strategy.allocate(n, np.dtype("float32"), np) for n in sizes]
+    locals_ = [own.standard_normal(n).astype(np.float32) for n in sizes]
+    for (_, grad), local in zip(made, locals_, strict=True):
+        grad[:] = local
+    for i, part, mean in strategy.stream([grad for _, grad in made], 1 / nodes.size):
+        made[i][0][part] = mean
+    for (param, _), local in zip(made, locals_, strict=True):
+        strategy.share(param)
+        expected = np.mean(nodes.gather(local), axis=0)
+        np.testing.assert_allclose(param, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16", "powersgd"])
+def test_ranks_that_share_no_memory_take_each_other_for_nodes(
+    name: str, world: mpidl.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise mpidl.errors.NoSharedMemory("none here")
+
+    monkeypatch.setattr("mpidl.strategies.shared.allocate", fails)
+    if world.rank == 0:
+        with pytest.warns(RuntimeWarning, match="each rank as a node of its own: none here"):
+            choice = make("hierarchical", world, 100, codec=name)
+    else:
+        choice = make("hierarchical", world, 100, codec=name)
+    assert choice.name == "hierarchical"
+    assert choice.strategy.world.nodes == world.size  # type: ignore[attr-defined]
+
+
+def test_who_takes_a_codec(world: mpidl.World) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"codec .*Bf16.* with strategy 'allreduce': expected one of"
+    ):
+        make("allreduce", world, codec="bf16")
+    with pytest.raises(InvalidArgument, match="unknown codec 'zip'; known are: bf16"):
+        make("hierarchical", world, codec="zip")
+    assert make("auto", world, codec="bf16").name == "hierarchical"
+
+
+@pytest.mark.parametrize("codec", [None, *sorted(set(CODECS) - {"topk"}), TopK(0.1)], ids=str)
+def test_training_comes_near_to_that_without(
+    codec: Any, world: mpidl.World, rng: np.random.Generator
+) -> None:
+    """A regression on all data, each rank a node; told in the distance from the solution."""
+    nodes = as_nodes(world, lambda rank: rank)
+    x = rng.standard_normal((64 * world.size, 40)).astype(np.float32)
+    solution = rng.standard_normal((40, 30)).astype(np.float32)
+    mine = slice(64 * world.rank, 64 * (world.rank + 1))
+    nn.seed(0)
+    model = nn.Linear(40, 30, bias=False)
+    replica = mpidl.DataParallel(
+        model, optim.SGD(1.0), "hierarchical", world=nodes, codec=codec, overlap=False
+    )
+    for _ in range(500):
+        error = model(x[mine]) - x[mine] @ solution
+        (error * error).mean().backward()
+        replica.step()
+    found = np.asarray(model.weight.data).T
+    distance = np.sqrt(np.mean((found - solution) ** 2))
+    assert distance < 0.1
+    assert equal_everywhere(world, np.asarray(model.weight.data))
+    replica.close()
+
+
+def test_blocks_and_window_are_whole_numbers_of_pieces() -> None:
+    assert exchange.WINDOW_BYTES % exchange.PIECE_BYTES == 0

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpidl.bench import jobs
 from mpidl.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 SIZES = "4KiB,1MiB,64MiB"
 TURNS = 25
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def run(ranks: int, sizes: list[int], turns: int = TURNS) -> dict[str, Any]:
-    """Return {"machine", "rows": one for each method and size, "absent": {method: why}}."""
-    return jobs.run("mpidl.bench.allreduce_ranks", ranks, sizes=sizes, turns=turns)
+def run(
+    ranks: int,
+    sizes: list[int],
+    turns: int = TURNS,
+    *,
+    hosts: Mapping[str, int] | None = None,
+    codecs: Sequence[str] = (),
+    rate: float | None = None,
+) -> dict[str, Any]:
+    """Return {"machine", "rows": one for each method and size, "absent": {method: why}}.
+
+    With `hosts`, numbers of ranks by name, the ranks run there. See `allreduce_ranks.measure`.
+    """
+    options: dict[str, Any] = {"sizes": sizes, "turns": turns, "codecs": codecs, "rate": rate}
+    return jobs.run("mpidl.bench.allreduce_ranks", ranks, hosts, **options)
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -42,30 +57,53 @@ def write_size(nbytes: int) -> str:
 def show(report: dict[str, Any]) -> None:
     """Print one table for each size, the quickest method first."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     rows = report["rows"]
     for nbytes in dict.fromkeys(row["bytes"] for row in rows):
         here = sorted((r for r in rows if r["bytes"] == nbytes), key=lambda r: r["median_s"])
-        bound = next(r["median_s"] for r in here if r["method"] == "memory_bound")
-        title = f"{write_size(nbytes)} of float32, {here[0]['ranks']} ranks"
-        table = Table(title=title, caption="us: median and quartiles; bound: memory_bound / median")
-        for name in ("method", "what"):
-            table.add_column(name)
-        for name in ("us", "25 %", "75 %", "GB/s", "bound"):
-            table.add_column(name, justify="right")
-        for row in here:
-            times = (f"{row[key] * 1e6:,.1f}" for key in ("median_s", "low_s", "high_s"))
-            speed = f"{row['gb_per_s']:.2f}" if row["gb_per_s"] >= 1 else f"{row['gb_per_s']:.2g}"
-            share = f"{bound / row['median_s']:.2f}"
-            table.add_row(row["method"], row["what"], *times, speed, share)
-        console.print(table)
+        console.print(_table(here, report.get("wire")))
     show_absent(console, report)
 
 
+def _table(rows: list[dict[str, Any]], wire: dict[str, Any] | None) -> Any:
+    """Return the table of one size: beside the wire's speed where there is one, or the memory's."""
+    from rich.table import Table
+
+    table = Table(title=f"{write_size(rows[0]['bytes'])} of float32, {rows[0]['ranks']} ranks")
+    table.add_column("method", no_wrap=True)
+    table.add_column("what")
+    bound = next(r["median_s"] for r in rows if r["method"] == "memory_bound")
+    if wire is None:
+        table.caption = "us: median and quartiles; bound: memory_bound / median"
+        unit, scale, columns = "us", 1e6, ("GB/s", "bound")
+    else:
+        how = "measured" if wire["measured"] else "as given"
+        table.caption = (
+            f"ms: median and quartiles; / wire: median / wire_bound, at {wire['gbit_per_s']:.3g} "
+            f"Gbit/s {how}; MB: what leaves a node"
+        )
+        unit, scale, columns = "ms", 1e3, ("/ wire", "MB")
+    for name in (unit, "25 %", "75 %", *columns):
+        table.add_column(name, justify="right")
+    for row in rows:
+        digits = 1 if wire is None else 2
+        times = (f"{row[key] * scale:,.{digits}f}" for key in ("median_s", "low_s", "high_s"))
+        if wire is None:
+            speed = f"{row['gb_per_s']:.2f}" if row["gb_per_s"] >= 1 else f"{row['gb_per_s']:.2g}"
+            others = speed, f"{bound / row['median_s']:.2f}"
+        else:
+            sent = f"{row['wire_bytes'] / 1e6:.3g}" if "wire_bytes" in row else "-"
+            others = f"{row['over_wire']:.2f}", sent
+        table.add_row(row["method"], row["what"], *times, *others)
+    return table
+
+
 def show_absent(console: Any, report: dict[str, Any]) -> None:
-    """Say which methods could not run here, and why, in one line."""
+    """Say which methods could not run here, or not be checked, and why; a line each."""
+    if report.get("unchecked"):
+        console.print(f"not compared with the mean: {', '.join(report['unchecked'])}")
+        console.print("; ".join(dict.fromkeys(report["unchecked"].values())))
     if report["absent"]:
         reasons = "; ".join(f"{name} ({why})" for name, why in report["absent"].items())
         console.print(f"not measured: {reasons}")

@@ -14,34 +14,46 @@ from mpidl.cli import launcher
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mpidl.world import World
 
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run(module: str, ranks: int, **options: Any) -> dict[str, Any]:
+def run(
+    module: str, ranks: int, hosts: Mapping[str, int] | None = None, **options: Any
+) -> dict[str, Any]:
     """Run `module` on `ranks` ranks of this machine, one thread each, and return its report.
 
-    As `mpidl run` does it. `options` are what JSON can hold. Raises MpidlError with what the
+    As `mpidl run` does it. With `hosts`, numbers of ranks by name, they run there, with the same
+    Python in the same folder. `options` are what JSON can hold. Raises MpidlError with what the
     ranks said, where they fail, and MPINotFound.
     """
     library = launcher.find()
     program = launcher.program([module, json.dumps(options)], module=True)
-    environment = {**launcher.clean_environment(), **launcher.environment(library, ranks)}
+    added = launcher.environment(library, max(hosts.values()) if hosts else ranks)
+    environment = {**launcher.clean_environment(), **added, **dict.fromkeys(THREADS, "1")}
     result = subprocess.run(
-        [*launcher.options(library, ranks), *program],
-        env={**environment, **dict.fromkeys(THREADS, "1")},
+        [*launcher.options(library, ranks, hosts, environment), *program],
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    lines = result.stdout.splitlines()
-    if result.returncode or not lines:
+    report = _last_line(result.stdout)
+    if result.returncode or report is None:  # with a host the report may be lost, and status be 0
         said = result.stderr.strip() or result.stdout.strip()
         raise MpidlError(f"{module} failed on {ranks} ranks:\n{said}")
-    report: dict[str, Any] = json.loads(lines[-1])
+    return report
+
+
+def _last_line(text: str) -> dict[str, Any] | None:
+    """Return what the last line holds as JSON, if it does."""
+    try:
+        report: dict[str, Any] = json.loads(text.splitlines()[-1])
+    except (IndexError, ValueError):
+        return None
     return report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpidl.array import aligned_zeros
-from mpidl.bench import rivals
+from mpidl.bench import coded, rivals
 from mpidl.errors import MpidlError
 from mpidl.strategies import STRATEGIES, Hierarchical
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from mpidl.array import Array
+    from mpidl.array import Array, Layout
     from mpidl.world import World
 
 DTYPE = np.dtype(np.float32)
@@ -38,6 +40,7 @@ class Method:
     keep: Callable[[float], object] | None = None  #: `run` for a look at the result; None: the same
     weighted: bool = False  #: whether it heeds weights that differ
     at_work: Callable[[], AbstractContextManager[None]] = nullcontext  #: to be in for a `run`
+    sent: Callable[[], int] | None = None  #: bytes that went to other nodes so far, if counted
 
     @property
     def key(self) -> str:
@@ -48,13 +51,16 @@ class Method:
 def of_strategy(name: str, world: World, size: int) -> tuple[list[Method], Callable[[], None]]:
     """Return both methods of a strategy for (size,) float32, and what closes it. Collective.
 
+    Or of "hierarchical+bf16", the one with a codec.
+
     They share one gradient, born where the strategy wants it. `reduce` hands each piece of the
     mean over, and ends there: so does `average` where that is on every rank. `hierarchical` leaves
     the mean in memory that all ranks read; elsewhere the owners publish the pieces as they would
     publish parameters. Raises on every rank what the strategy raises where it cannot run.
     """
-    strategy = STRATEGIES[name](world)
-    param, grad = strategy.allocate(size, DTYPE, np)
+    kind, codec = coded.parts(name)
+    strategy = STRATEGIES[kind](world, **({"codec": codec} if codec else {}))
+    param, grad = strategy.allocate(size, DTYPE, np, _layout(size))
     owned, whole = strategy.owned(size), slice(0, size)
 
     def reduce(weight: float) -> None:
@@ -78,10 +84,25 @@ def of_strategy(name: str, world: World, size: int) -> tuple[list[Method], Calla
     everywhere = replace(at_owner, what="average")
     if isinstance(strategy, Hierarchical):
         mean = together(1 / world.size)
+        if world.nodes > 1:
+            exchange = strategy.exchange
+            at_owner = replace(at_owner, sent=lambda: exchange.sent_bytes)
+            everywhere = replace(everywhere, sent=at_owner.sent)
         everywhere = replace(everywhere, run=together, result=mean, part=whole, keep=None)
     elif any(part != whole for part in world.gather(owned)):
         everywhere = replace(everywhere, run=publish, part=whole, keep=None)
     return [everywhere, at_owner], strategy.close
+
+
+def _layout(size: int) -> Layout:
+    """Return one matrix, about square, and what is left of (size,): for codecs of matrices."""
+    columns = math.isqrt(size)
+    if not columns:
+        return []
+    rows = size // columns
+    rest = size - rows * columns
+    matrix: tuple[int, tuple[int, ...]] = 0, (rows, columns)
+    return [matrix, (size - rest, (rest,))] if rest else [matrix]
 
 
 def mpi_allreduce(world: World, size: int) -> Method:
@@ -142,10 +163,12 @@ def check(world: World, methods: list[Method], rng: np.random.Generator) -> None
     """Let each method average new random numbers, and compare with their mean in float64.
 
     Collective. Strategies do so twice, with equal weights and with unequal ones. `rng` must differ
-    between ranks. Raises MpidlError on every rank where a result on any rank is wrong.
+    between ranks. Raises MpidlError on every rank where a result on any rank is wrong, or, with a
+    codec, where two ranks got different bits.
     """
     size = methods[0].grad.size
     local = rng.standard_normal(size).astype(DTYPE)
+    largest: float = world.comm.allreduce(float(np.abs(local).max(initial=0.0)), world.MPI.MAX)
     ramp = 2 * (world.rank + 1) / (world.size * (world.size + 1))
     for weight, equal in ((1 / world.size, True), (ramp, False)):
         expected = world.sum(local * np.float64(weight))
@@ -158,15 +181,31 @@ def check(world: World, methods: list[Method], rng: np.random.Generator) -> None
                 (method.keep or method.run)(weight)
             found = method.result[method.part] * method.scale
             error = np.abs(found - expected[method.part]).max(initial=0.0)
-            world.agree(_problem(method, size, float(error), world.size))
+            lost = coded.error_bound(method.name, largest)
+            if lost is not None:
+                world.agree(_problem(method, size, float(error), world.size, lost))
+            if coded.codec_of(method.name) is not None:
+                world.agree(_differing(world, method, found))
 
 
-def _problem(method: Method, size: int, error: float, ranks: int) -> MpidlError | None:
-    """Return what is wrong with a mean of normal numbers that is off by `error`."""
-    bound = 8 * (ranks + 2) * float(np.finfo(DTYPE).eps)  # 8: normal numbers are smaller
+def _differing(world: World, method: Method, found: Array) -> MpidlError | None:
+    """Return what is wrong where ranks with the same part found other bits there. Collective."""
+    mine = method.part.start, method.part.stop, zlib.crc32(np.ascontiguousarray(found).data)
+    for rank, other in enumerate(world.gather(mine)):
+        if other[:2] == mine[:2] and other != mine:
+            return MpidlError(f"{method.name} ({method.what}): other bits than on rank {rank}")
+    return None
+
+
+def _problem(method: Method, size: int, error: float, ranks: int, lost: float) -> MpidlError | None:
+    """Return what is wrong with a mean of normal numbers that is off by `error`.
+
+    `lost`: by how much a codec may put it off.
+    """
+    bound = lost + 8 * (ranks + 2) * float(np.finfo(DTYPE).eps)  # 8: normal numbers are smaller
     if error <= bound:  # not so for NaN
         return None
     return MpidlError(
         f"{method.name} ({method.what}) of {size} numbers is wrong by {error:.3g}, where rounding "
-        f"explains {bound:.1g}: its times mean nothing"
+        f"{'and the codec explain' if lost else 'explains'} {bound:.1g}: its times mean nothing"
     )

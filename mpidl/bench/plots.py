@@ -29,7 +29,7 @@ def allreduce(report: dict[str, Any], path: Path) -> None:
     """Draw GB/s over bytes, one line a method: the mean on every rank, and on its owner."""
     rows = report["rows"]
     sizes = sorted({row["bytes"] for row in rows})
-    names = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "memory_bound"]
+    names = list(dict.fromkeys(row["method"] for row in rows if row["what"] != "bound"))
     figure, panels = _figure(2)
     for what, place, panel in zip(
         ("average", "reduce"), ("every rank", "its owner"), panels, strict=True
@@ -37,8 +37,9 @@ def allreduce(report: dict[str, Any], path: Path) -> None:
         for i, name in enumerate(names):
             here = [r for r in rows if (r["method"], r["what"]) == (name, what)]
             _line(panel, here, "bytes", "gb_per_s", f"C{i}o-", name)
-        bound = [r for r in rows if r["what"] == "bound"]
-        _line(panel, bound, "bytes", "gb_per_s", "k--", "memory bound")
+        for name, style in (("memory_bound", "k--"), ("wire_bound", "k:")):
+            bound = [r for r in rows if r["method"] == name]
+            _line(panel, bound, "bytes", "gb_per_s", style, name.replace("_", " "))
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xticks(sizes, map(write_size, sizes))

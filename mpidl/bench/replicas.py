@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,12 +50,17 @@ def in_mpidl(
     name: str,
     rows: int,
     seed: int = 0,
+    **options: Any,
 ) -> Replica:
-    """Return the model `name` in this engine; `seed` tells the ranks' batches apart. Collective."""
+    """Return the model `name` in this engine; `seed` tells the ranks' batches apart. Collective.
+
+    `options` are for `DataParallel`.
+    """
     x, y = batch(name, rows, seed)
     nn.seed(0)
     network = model(name)
-    parallel = DataParallel(network, optim.SGD(RATE, momentum=MOMENTUM), strategy, world=world)
+    optimizer = optim.SGD(RATE, momentum=MOMENTUM)
+    parallel = DataParallel(network, optimizer, strategy, world=world, **options)
     return Replica(
         method,
         "local",

@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpidl.bench import network
+from mpidl.errors import MpidlError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -29,8 +32,12 @@ def join_gloo(world: World) -> str | None:
     torch.set_num_threads(1)
     if not (distributed.is_available() and distributed.is_gloo_available()):
         return "this torch was built without Gloo"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
-    place, store = "127.0.0.1", None
+    try:
+        address, interface = network.own(world)
+    except MpidlError as error:  # on every rank
+        return str(error)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    place, store = world.broadcast(address), None
     if world.rank == 0:
         store = distributed.TCPStore(place, 0, is_master=True, wait_for_workers=False)
     port = world.broadcast(store.port if store else 0)

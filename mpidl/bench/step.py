@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpidl.bench import jobs
 from mpidl.bench.allreduce import show_absent
@@ -11,24 +11,37 @@ from mpidl.bench.step_breakdown import PHASES
 from mpidl.errors import InvalidArgument
 from mpidl.strategies import STRATEGIES
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
 MODELS = ("wide", "mlp", "cnn", "transformer")
-METHODS = ("local", *STRATEGIES, "auto", "torch_local", "ddp")
+METHODS = ("local", *STRATEGIES, "auto", "hierarchical_blocking", "torch_local", "ddp")
 TURNS = 25
 MEMORY_MODEL = "wide"
 MEMORY_METHODS = ("hierarchical", "sharded", "allreduce")
 
 
 def run(
-    ranks: int, models: list[str], turns: int = TURNS, methods: list[str] | None = None
+    ranks: int,
+    models: list[str],
+    turns: int = TURNS,
+    methods: list[str] | None = None,
+    *,
+    hosts: Mapping[str, int] | None = None,
+    codecs: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return {"machine", "rows": one for each model and method, "memory", "absent"}."""
+    """Return {"machine", "rows": one for each model and method, "memory", "absent"}.
+
+    With `hosts`, numbers of ranks by name, the ranks run there. See `step_ranks.measure`.
+    """
     check_names("model", models, tuple(ROWS))
     check_names("method", methods or [], METHODS)
     module = "mpidl.bench.step_ranks"
-    report = jobs.run(module, ranks, models=models, turns=turns, methods=methods)
+    options: dict[str, Any] = {"turns": turns, "methods": methods, "codecs": codecs}
+    report = jobs.run(module, ranks, hosts, models=models, **options)
     asked = MEMORY_METHODS if MEMORY_MODEL in models else ()
     report["memory"] = [
-        jobs.run("mpidl.bench.step_memory", ranks, model=MEMORY_MODEL, method=method)
+        jobs.run("mpidl.bench.step_memory", ranks, hosts, model=MEMORY_MODEL, method=method)
         for method in asked
         if methods is None or method in methods
     ]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, final
 
 from mpidl import strategies
-from mpidl.bench import replicas
+from mpidl.bench import coded, replicas
 from mpidl.bench.engine_models import model
 from mpidl.bench.timing import WARM_UP, quartiles
 
@@ -73,14 +73,16 @@ def measure(world: World, method: str, name: str, rows: int, turns: int) -> dict
     """Return the milliseconds of each phase of a step: medians, their mean over ranks. Collective.
 
     Forward and backward are `compute`; `update` is what a step takes besides all others. These
-    are steps of their own: the clocks would slow those that are compared.
+    are steps of their own: the clocks would slow those that are compared. Without overlap, or the
+    phases would not add up.
     """
     seconds: dict[str, float] = defaultdict(float)
     nbytes = sum(p.data.nbytes for p in model(name).parameters())
-    choice = strategies.make(method, world, nbytes)
+    name_of, codec = coded.parts(method)
+    choice = strategies.make(name_of, world, nbytes, codec=codec)
     strategy: Any = TimedStrategy(choice.strategy, seconds)
     timed: Any = TimedWorld(world, seconds)
-    replica = replicas.in_mpidl(method, strategy, timed, name, rows, world.rank)
+    replica = replicas.in_mpidl(method, strategy, timed, name, rows, world.rank, overlap=False)
     taken: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for turn in range(-WARM_UP, turns):
         seconds.clear()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 2  # turns
 MIN_SECONDS = 0.01
+MIN_SECONDS_OF_WIRE = 0.1  # a link that rested carries a burst at first
 MAX_LOOPS = 1000
 
 
@@ -34,26 +35,32 @@ def of_one(world: World, call: Call, loops: int = 1) -> float:
 
 
 def loops_of(world: World, call: Call) -> int:
-    """Return how many calls last MIN_SECONDS, or MAX_LOOPS; the same on every rank. Collective."""
+    """Return how many calls last MIN_SECONDS, or MAX_LOOPS; the same on every rank. Collective.
+
+    Between nodes, MIN_SECONDS_OF_WIRE.
+    """
+    wanted_seconds = MIN_SECONDS if world.nodes == 1 else MIN_SECONDS_OF_WIRE
     count = 1
     while count < MAX_LOOPS:
         seconds = count * of_one(world, call, count)
-        if seconds >= MIN_SECONDS:
+        if seconds >= wanted_seconds:
             break
-        wanted = int(count * MIN_SECONDS / max(seconds, 1e-9)) + 1
+        wanted = int(count * wanted_seconds / max(seconds, 1e-9)) + 1
         count = min(MAX_LOOPS, max(2 * count, wanted))
     return count
 
 
-def in_turns(measures: Mapping[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
+def in_turns(
+    measures: Mapping[str, Callable[[], float]], turns: int, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
     """Return the seconds that each of `measures` returns, by name: one number a turn. Collective.
 
     Each turn makes every measurement once, in an order drawn anew: so none has always the same
-    one before it. Turns to warm up come first.
+    one before it. `warm_up` turns come first.
     """
     taken: dict[str, list[float]] = {name: [] for name in measures}
     rng = np.random.default_rng(0)  # the same order on every rank
-    for turn in range(-WARM_UP, turns):
+    for turn in range(-warm_up, turns):
         for i in rng.permutation(len(measures)):
             name = list(measures)[i]
             seconds = measures[name]()

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from mpidl.bench import allreduce as allreduce_bench
+from mpidl.bench import coded, plots, wire
 from mpidl.bench import engine as engine_bench
-from mpidl.bench import plots
 from mpidl.bench import scaling as scaling_bench
 from mpidl.bench import step as step_bench
+from mpidl.cli import launcher
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
 
 if TYPE_CHECKING:
@@ -24,10 +25,23 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure mpidl against others, in one run, in turns.")
 
+RANKS = 2
+
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Turns: TypeAlias = Annotated[int, typer.Option(min=1, help="Measurements of each, in turns.")]
 Ranks: TypeAlias = Annotated[
-    int, typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks, on this machine.")
+    int | None,
+    typer.Option(
+        "-n",
+        "-np",
+        "--ranks",
+        min=1,
+        show_default=str(RANKS),
+        help="Number of ranks, on this machine.",
+    ),
+]
+Hosts: TypeAlias = Annotated[
+    str, typer.Option(metavar="a:2,b:2", help="Run on these hosts instead, with so many ranks.")
 ]
 Plot: TypeAlias = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Draw the report: .png, .svg or .pdf.")
@@ -45,10 +59,17 @@ def engine(as_json: AsJson = False, turns: Turns = engine_bench.TURNS) -> None:
 
 @app.command()
 def allreduce(
-    ranks: Ranks = 2,
+    ranks: Ranks = None,
+    hosts: Hosts = "",
     sizes: Annotated[
         str, typer.Option(help="Bytes of the gradient, in B, KiB, MiB or GiB.")
     ] = allreduce_bench.SIZES,
+    codecs: Annotated[
+        str, typer.Option(help="Also hierarchical with these, between nodes: bf16,int8.")
+    ] = "",
+    rate: Annotated[
+        str, typer.Option(help="What the wire between nodes carries: 10gbit. Default: measured.")
+    ] = "",
     as_json: AsJson = False,
     plot: Plot = None,
     turns: Turns = allreduce_bench.TURNS,
@@ -56,11 +77,15 @@ def allreduce(
     """Compare the strategies with MPI_Allreduce, Gloo, Horovod and the memory's speed.
 
     The time to average one gradient over all ranks, one thread each. Gloo is PyTorch's; what is
-    not installed is left out. A wrong mean ends the benchmark.
+    not installed is left out. A wrong mean ends the benchmark. Between nodes the wire's speed
+    takes the memory's place.
     """
     wanted = _or_exit(partial(allreduce_bench.parse_sizes, sizes))
+    options = {"codecs": _or_exit(partial(coded.parse, codecs))}
+    options["rate"] = _or_exit(partial(wire.parse_rate, rate)) if rate else None
+    count, options["hosts"] = _or_exit(partial(_places, ranks, hosts))
     _check_plot(plot)
-    report = _or_exit(partial(allreduce_bench.run, ranks, wanted, turns))
+    report = _or_exit(partial(allreduce_bench.run, count, wanted, turns, **options))
     _tell(report, allreduce_bench.show, as_json)
     if plot is not None:
         plots.allreduce(report, plot)
@@ -68,10 +93,14 @@ def allreduce(
 
 @app.command()
 def step(
-    ranks: Ranks = 2,
+    ranks: Ranks = None,
+    hosts: Hosts = "",
     models: Annotated[str, typer.Option(help="Which, of these.")] = ",".join(step_bench.MODELS),
     methods: Annotated[
         str, typer.Option(help=f"Only these, of {', '.join(step_bench.METHODS)}.")
+    ] = "",
+    codec: Annotated[
+        str, typer.Option(help="Also hierarchical with this one, between nodes: bf16.")
     ] = "",
     as_json: AsJson = False,
     turns: Turns = step_bench.TURNS,
@@ -82,7 +111,9 @@ def step(
     the time goes; and the memory that training the largest model takes on all ranks together.
     """
     names = [name for name in methods.split(",") if name] or None
-    report = _or_exit(partial(step_bench.run, ranks, models.split(","), turns, names))
+    options = {"codecs": _or_exit(partial(coded.parse, codec))}
+    count, options["hosts"] = _or_exit(partial(_places, ranks, hosts))
+    report = _or_exit(partial(step_bench.run, count, models.split(","), turns, names, **options))
     _tell(report, step_bench.show, as_json)
 
 
@@ -103,6 +134,16 @@ def scaling(
     _tell(report, scaling_bench.show, as_json)
     if plot is not None:
         plots.scaling(report, plot)
+
+
+def _places(ranks: int | None, hosts: str) -> tuple[int, dict[str, int] | None]:
+    """Return the number of ranks, and those of each host. Raises InvalidArgument."""
+    if not hosts:
+        return ranks or RANKS, None
+    if ranks is not None:
+        raise InvalidArgument(f"-n {ranks} and --hosts {hosts}: expected one of them")
+    places = launcher.parse_hosts(hosts)
+    return sum(places.values()), places
 
 
 def _tell(report: Report, show: Callable[[Report], None], as_json: bool) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpidl import mpi
 from mpidl.errors import InvalidArgument, MPINotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 NAMES = {  # by vendor; the first that exists and belongs to the vendor is taken
     "openmpi": ("mpirun", "mpirun.openmpi", "mpiexec"),
@@ -19,6 +24,11 @@ NAMES = {  # by vendor; the first that exists and belongs to the vendor is taken
     "unknown": ("mpiexec", "mpirun"),
 }
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux cgroup v2: "QUOTA PERIOD" or "max PERIOD"
+HOSTS = {"openmpi": "--host", "mpich": "-hosts", "intel": "-hosts"}  # by vendor: a:2,b:2
+# What ranks on other hosts need of the environment. Open MPI hands on its own settings only, the
+# others all.
+NEEDED = ("GLOO_", "HOROVOD_", "LD_LIBRARY_PATH", "MKL_", "MPI4PY_", "MPIDL_", "OMP_", "OPENBLAS_",
+          "PYTHON")  # fmt: skip  # names begin so
 SIGNS = {"openmpi": "open mpi", "mpich": "hydra", "intel": "intel", "unknown": ""}
 
 
@@ -80,9 +90,44 @@ def cores() -> int:
     return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
 
 
-def options(library: Library, ranks: int) -> list[str]:
-    """Return the launcher and its options, up to where the program follows."""
+def parse_hosts(text: str) -> dict[str, int]:
+    """Return the ranks of each host that "a:2,b:2" names; 1 where no number stands.
+
+    Raises InvalidArgument.
+    """
+    hosts: dict[str, int] = {}
+    for word in text.split(","):
+        found = re.fullmatch(r"\s*([\w.-]+)(?::([1-9]\d*))?\s*", word)
+        if found is None:
+            raise InvalidArgument(
+                f"host {word!r}: expected a name and a number of ranks, as in a:2"
+            )
+        if found[1] in hosts:
+            raise InvalidArgument(f"host {word!r}: {found[1]} is named twice")
+        hosts[found[1]] = int(found[2] or 1)
+    return hosts
+
+
+def options(
+    library: Library,
+    ranks: int,
+    hosts: Mapping[str, int] | None = None,
+    environment: Iterable[str] = (),
+) -> list[str]:
+    """Return the launcher and its options, up to where the program follows.
+
+    With `hosts` their ranks run there, each with those of the variables named in `environment` that
+    it needs. Raises InvalidArgument where it is not known how to tell the launcher.
+    """
     line = [str(library.launcher), "-n", str(ranks)]
+    if hosts:
+        if library.vendor not in HOSTS:
+            known = ", ".join(HOSTS)
+            raise InvalidArgument(f"hosts: {library.version}: expected an MPI of {known}")
+        line += [HOSTS[library.vendor], ",".join(f"{name}:{n}" for name, n in hosts.items())]
+        if library.vendor == "openmpi":
+            for name in sorted(name for name in environment if name.startswith(NEEDED)):
+                line += ["-x", name]
     if library.vendor == "openmpi":
         # Its defaults refuse more ranks than cores, and bind a rank, its BLAS threads and all,
         # to one core.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpidl.bench import allreduce, step, step_breakdown
+from mpidl.bench import allreduce, step, step_breakdown, step_ranks
 from mpidl.strategies import STRATEGIES
 from tests import job
 from tests.jobs.test_failures import only_mpich
@@ -31,7 +31,8 @@ from mpidl.strategies import STRATEGIES
 class Right:
     shared = False
     def __init__(self, world): self.world = world
-    def allocate(self, size, dtype, xp): return xp.zeros(size, dtype), xp.zeros(size, dtype)
+    def allocate(self, size, dtype, xp, layout=()):
+        return xp.zeros(size, dtype), xp.zeros(size, dtype)
     def owned(self, size):
         return slice(size * self.world.rank // self.world.size,
                      size * (self.world.rank + 1) // self.world.size)
@@ -142,7 +143,7 @@ def test_step_reports_every_method() -> None:
     assert result.status == 0, result
     report = json.loads(result.output)
     rows = {row["method"]: row for row in report["rows"]}
-    assert list(rows) == list(step.METHODS)
+    assert list(rows) == [name for name in step.METHODS if name != step_ranks.BLOCKING]
     for method, row in rows.items():
         assert (row["model"], row["ranks"], row["samples"]) == ("mlp", 2, 256)
         base = rows["torch_local" if method in ("ddp", "torch_local") else "local"]
@@ -224,3 +225,107 @@ def test_only_the_report_reaches_standard_output(mpi: str, tmp_path: Path) -> No
     script = job.script(tmp_path, text)
     result = job.execute(mpi, sys.executable, script, cwd=tmp_path)
     assert (result.status, result.output) == (0, "2\n"), result
+
+
+# Four ranks of this machine that take themselves for two nodes.
+TWO_NODES = """
+import dataclasses, importlib.util, json, sys
+find_spec, absent = importlib.util.find_spec, ("torch", "horovod")
+importlib.util.find_spec = lambda name, *rest: None if name in absent else find_spec(name, *rest)
+
+import mpidl
+from mpidl import codecs
+from mpidl.bench import allreduce_ranks, step_ranks, timing, wire
+from mpidl.world import World
+
+wire.MIN_SECONDS = timing.MIN_SECONDS_OF_WIRE = 1e-3
+usual = World.of
+
+def of(MPI, comm):
+    world = usual(MPI, comm)
+    if comm.size < 4:
+        return world
+    node, nodes = world.rank // 2, world.local.Split(world.rank // 2)
+    members = (0, 1), (2, 3)
+    return dataclasses.replace(world, local_rank=nodes.rank, local_size=2, node=node, nodes=2,
+                               members=members, local=nodes)
+
+World.of = of
+world = mpidl.init()
+given = json.loads(sys.argv[1])
+measures = {"allreduce": allreduce_ranks.measure, "step": step_ranks.measure}
+reports = {kind: measure(world, **given[kind]) for kind, measure in measures.items()}
+
+class TooMuch:
+    feedback = False
+    def __str__(self): return "too much"
+    def nbytes(self, size): return 4 * size
+    def encode(self, values, message): message.view(values.dtype)[:] = values * 1.05
+    def decode(self, message, values): values[:] = message.view(values.dtype)
+
+codecs.CODECS["bf16"] = TooMuch
+try:
+    step_ranks.measure(world, ["mlp"], 1, [], 9, False, ["bf16"])
+except mpidl.MpidlError as error:
+    reports["wrong"] = str(error)
+if world.rank == 0:
+    print(json.dumps(reports))
+"""
+
+
+@only_mpich
+def test_between_nodes(mpi: str, tmp_path: Path) -> None:
+    codecs, nbytes = ["bf16", "int8", "topk", "powersgd"], 40_000
+    few = {"models": ["mlp"], "samples": 9, "methods": ["auto", step_ranks.BLOCKING]}
+    given = {
+        "allreduce": {"sizes": [nbytes], "turns": 2, "codecs": codecs},
+        "step": {**few, "turns": 1, "codecs": codecs},
+    }
+    script = job.script(tmp_path, TWO_NODES)
+    result = job.run(mpi, 4, script, json.dumps(given), OMP_NUM_THREADS="1", timeout=100)
+    assert result.status == 0, result
+    found = json.loads(result.output)
+    encoded = [f"hierarchical+{codec}" for codec in codecs]
+    report = found["allreduce"]
+    rows = {(row["method"], row["what"]): row for row in report["rows"]}
+    ours = {(name, what) for name in (*STRATEGIES, *encoded) for what in ("average", "reduce")}
+    bounds = {("memory_bound", "bound"), ("wire_bound", "bound")}
+    assert set(rows) == {*ours, *bounds, ("mpi_allreduce", "average")}
+    wire = rows["wire_bound", "bound"]
+    assert report["wire"]["measured"]
+    assert wire["median_s"] == pytest.approx(nbytes * 8 / (report["wire"]["gbit_per_s"] * 1e9))
+    for row in rows.values():
+        assert row["over_wire"] == pytest.approx(row["median_s"] / wire["median_s"])
+    for what in ("average", "reduce"):  # of 4 bytes a number; half of them go there, half come back
+        sent = {name: rows[name, what].get("wire_bytes") for name in (*encoded, "ring")}
+        plain = rows["hierarchical", what]["wire_bytes"]
+        assert (plain, sent["hierarchical+bf16"], sent["ring"]) == (nbytes, nbytes // 2, None)
+        assert nbytes // 4 < sent["hierarchical+int8"] < nbytes // 3
+        assert sent["hierarchical+topk"] < nbytes // 20
+        assert sent["hierarchical+powersgd"] < nbytes // 4
+    unchecked = ["hierarchical+topk", "hierarchical+powersgd"]
+    assert list(report["unchecked"]) == unchecked
+    allreduce.show(report)
+    report = found["step"]
+    rows = {row["method"]: row for row in report["rows"]}
+    assert set(rows) == {"local", *encoded, *few["methods"]}
+    assert list(report["unchecked"]) == unchecked
+    for name in encoded:
+        assert rows[name]["strategy"] == "hierarchical"
+        assert rows[name]["breakdown_ms"]["reduce"] > 0
+    step.show({**report, "memory": []})
+    assert "hierarchical+bf16, parameter" in found["wrong"]
+    assert "is wrong by" in found["wrong"]
+
+
+def test_hosts_are_where_the_ranks_run(mpi: str) -> None:
+    """One host, this one: on one node there is nothing more to measure."""
+    where = ("--hosts", "localhost:2", "--codecs", "bf16", "--rate", "1gbit")
+    result = job.execute(
+        mpi, *BENCH, "allreduce", *where, "--sizes", "8B", "--turns", "1", "--json"
+    )
+    assert result.status == 0, result
+    report = json.loads(result.output)
+    assert {row["ranks"] for row in report["rows"]} == {2}
+    assert report["absent"]["hierarchical+bf16"] == "nothing travels on one node"
+    assert "wire" not in report and "over_wire" not in report["rows"][0]

@@ -60,12 +60,15 @@ def test_every_turn_measures_each_once(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("seconds", [1.0, 3e-3, 4e-6])
-def test_loops_last_long_enough(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("nodes", "wanted"), [(1, 0.01), (2, 0.1)])
+def test_loops_last_long_enough(
+    nodes: int, wanted: float, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(timing, "of_one", lambda *_: seconds)
-    found = timing.loops_of(None, lambda: None)  # type: ignore[arg-type]
+    found = timing.loops_of(SimpleNamespace(nodes=nodes), lambda: None)  # type: ignore[arg-type]
     assert 1 <= found <= timing.MAX_LOOPS
-    assert found == timing.MAX_LOOPS or found * seconds >= timing.MIN_SECONDS
-    assert found == 1 or found * seconds <= 3 * timing.MIN_SECONDS
+    assert found == timing.MAX_LOOPS or found * seconds >= wanted
+    assert found == 1 or found * seconds <= 3 * wanted
 
 
 def test_quartiles(rng: np.random.Generator) -> None:
@@ -271,7 +274,7 @@ def test_what_cannot_be_measured(arguments: list[str], says: str) -> None:
 
 @pytest.mark.parametrize("name", ["engine", "allreduce", "step", "scaling"])
 def test_a_benchmark_that_fails_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MpidlError("the ranks\nfailed")
 
     monkeypatch.setattr(f"mpidl.bench.{name}.run", fail)
@@ -286,7 +289,8 @@ def test_options_reach_the_benchmark(
     seen: list[Any] = []
 
     def stand_in(name: str) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, hosts: Any, **_: Any) -> Any:
+            assert hosts is None
             seen.append(arguments)
             return reports[name]
 
@@ -304,7 +308,8 @@ def test_options_reach_the_benchmark(
 def test_memory_is_measured_for_the_large_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, Any]] = []
 
-    def run(module: str, _: int, **options: Any) -> dict[str, Any]:
+    def run(module: str, _: int, hosts: Any = None, **options: Any) -> dict[str, Any]:
+        assert hosts is None
         seen.append((module, options.get("method")))
         return {"rows": []}
 

@@ -11,6 +11,7 @@ import numpy as np
 from mpidl import bucket, codecs, strategies
 from mpidl.accumulation import Accumulation
 from mpidl.array import Array, is_device, namespace, to_numpy
+from mpidl.asynchronous import AsynchronousUpdate
 from mpidl.autograd import recording
 from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.local_steps import LocalSteps
@@ -108,6 +109,7 @@ class DataParallel:
                 raise InvalidArgument(f"{overlap=}: expected 'auto', True or False")
             if bucket_bytes != "auto" and not (isinstance(bucket_bytes, int) and bucket_bytes > 0):
                 raise InvalidArgument(f"{bucket_bytes=}: expected 'auto' or a number of bytes")
+            self._asynchronous = getattr(strategy, "asynchronous", False)
             optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         for option in (
             f"{bucket_bytes=}, {overlap=}, {local_steps=}",
@@ -124,6 +126,7 @@ class DataParallel:
             ("accumulate", accumulate > 1),
             ("check_finite", check_finite),
             ("local_steps", local_steps > 1),
+            ("an asynchronous strategy", self._asynchronous),
             ("a model on the GPU", on_device),
         )
         self.choice = strategies.make(
@@ -143,8 +146,9 @@ class DataParallel:
             None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
         )
         group = self._local or self
-        self._update = Update(group.world, group.strategy, self.buckets, optimizers, clip)
-        self.states = self._update.states  #: the optimizer's, of each bucket's owned part
+        kind = AsynchronousUpdate if self._asynchronous else Update
+        self.update = kind(group.world, group.strategy, self.buckets, optimizers, clip)
+        self.states = self.update.states  #: the optimizer's, of each bucket's owned part
         # since the last step; None: the model was not called, NaN: with what has no rows to count
         self._samples: float | None = None
         count = weakref.WeakMethod(self._count)  # or the model would keep its buckets for ever
@@ -217,14 +221,19 @@ class DataParallel:
             averaged, irregular = self._overlap.finish(weight)
             problem = problem or irregular
         world = self.world if self._local is None else self._local.world
-        total, problems = map(float, world.sum([weight, problem is not None]))
-        if problems:
-            world.agree(problem)
-        if total == 0 and self._local is None:
-            world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
+        if self._asynchronous:
+            if problem is not None:
+                raise problem
+            total = weight or 1.0
+        else:
+            total, problems = map(float, world.sum([weight, problem is not None]))
+            if problems:
+                world.agree(problem)
+            if total == 0 and self._local is None:
+                world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         try:
             if total:
-                self._update.make(weight / total, self.steps, averaged=averaged)
+                self.update.make(weight / total, self.steps, averaged=averaged)
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1
@@ -236,6 +245,7 @@ class DataParallel:
 
         They are already, without that option. For the end of an epoch, say.
         """
+        self.update.synchronize()
         if self._local is not None and self.steps % self._local.every:
             self._local.average(self.buckets)
 
@@ -283,6 +293,7 @@ class DataParallel:
                 self.model.load_state_dict(state, strict)
             finally:
                 self._placement.lock(True)
+        self.update.restart()
 
     def close(self) -> None:
         """Give back what the strategy took. Not collective.
@@ -292,6 +303,7 @@ class DataParallel:
         self._stop_counting()
         if self._overlap is not None:
             self._overlap.close()
+        self.update.close()
         self._placement.release()
         self.strategy.close()
         self.buckets.clear()

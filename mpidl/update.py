@@ -70,6 +70,11 @@ class Update:
                 raise InvalidArgument(f"{optimizer} left parts of the gradient: see Optimizer")
             self.strategy.share(flat.param)
 
+    def synchronize(self) -> None:
+        """Nothing to do, unlike with `AsynchronousUpdate`: all ranks are in step."""
+
+    restart = close = synchronize
+
     def _blocks(self, means: Iterable[tuple[slice, Array]], start: int, factor: float) -> Averages:
         """Cut the means into blocks, and clip them; slices count from `start` on."""
         clips = factor != 1 or self.clip.bounds_late

@@ -16,7 +16,7 @@ from mpidl.errors import InvalidArgument, NoSharedMemory, UnknownStrategy
 from mpidl.strategies import auto
 from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
-from mpidl.strategies.base import Strategy
+from mpidl.strategies.base import Strategy, in_turn
 from mpidl.strategies.hierarchical import Hierarchical
 from mpidl.strategies.parameter_server import ParameterServer
 from mpidl.strategies.ring import Ring
@@ -51,6 +51,7 @@ __all__ = [
     "Ring",
     "Sharded",
     "Strategy",
+    "in_turn",
     "make",
 ]
 

@@ -1,4 +1,4 @@
-"""A synchronous parameter server, whose servers are ranks that train too."""
+"""A parameter server, whose servers are ranks that train too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpidl.errors import InvalidArgument
 from mpidl.staging import Staging
-from mpidl.strategies.base import private
+from mpidl.strategies.base import in_turn, private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mpidl.array import Array, Averages
+    from mpidl.array import Array, Averages, Layout, Stream
     from mpidl.world import World
 
 
@@ -24,30 +24,46 @@ class ParameterServer:
 
     After Li et al. 2014 (OSDI), section 3, without its delays: every rank waits for the new
     parameters. The optimizer's state exists once, on the servers.
-    Raises InvalidArgument unless 1 <= servers <= ranks.
+
+    With `asynchronous` nobody waits, and `DataParallel` calls none of the collectives below in its
+    steps: see `AsynchronousUpdate`. A gradient is then dropped if it was computed from parameters
+    that are more than `staleness` steps old; P updates, one for each rank, count as one step.
+
+    Raises InvalidArgument unless 1 <= servers <= ranks and staleness >= 0, a whole number, and for
+    `asynchronous` where MPI's threads are limited (MPI_THREAD_MULTIPLE): servers need one.
     """
 
     shared: ClassVar[bool] = False
 
-    def __init__(self, world: World, servers: int = 1) -> None:
+    def __init__(
+        self, world: World, servers: int = 1, asynchronous: bool = False, staleness: int = 4
+    ) -> None:
         if not 1 <= servers <= world.size:
             raise InvalidArgument(
                 f"servers={servers}: expected 1 to {world.size}, the number of ranks"
             )
+        if staleness != int(staleness) or staleness < 0:
+            raise InvalidArgument(f"{staleness=}: expected a whole number of steps, 0 or more")
+        if asynchronous and not world.threads:
+            raise InvalidArgument(
+                "asynchronous=True needs MPI_THREAD_MULTIPLE, and MPI was started without it: let "
+                "mpidl.init() start MPI, or use a library that has it"
+            )
         self.world, self.servers, self.staging = world, servers, Staging()
+        self.asynchronous, self.staleness = asynchronous, staleness
 
-    def allocate(self, size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:
+    def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
         return private(size, dtype, xp)
 
     def owned(self, size: int) -> slice:
         """Return the part of a server, and nothing for the others."""
-        parts = self._parts(size)
+        parts = self.parts(size)
         return next((part for root, part in parts if root == self.world.rank), slice(0, 0))
 
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) at the servers, in place, chunk by chunk. Collective."""
-        for root, whole in self._parts(grad.size):
+        for root, whole in self.parts(grad.size):
             mine = root == self.world.rank
             for part in self._chunks(grad, whole):
                 chunk = grad[part]
@@ -58,9 +74,13 @@ class ParameterServer:
                 if mine:
                     yield part, chunk
 
+    def stream(self, grads: Sequence[Array], weight: float) -> Stream:
+        """Reduce one array after the other. Collective."""
+        return in_turn(self, grads, weight)
+
     def share(self, param: Array) -> None:
         """Broadcast every server's part of `param` (n,). Collective."""
-        for root, whole in self._parts(param.size):
+        for root, whole in self.parts(param.size):
             mine = root == self.world.rank
             for part in self._chunks(param, whole):
                 with self.staging.host(param[part], read=mine, write=not mine) as buffer:
@@ -79,8 +99,8 @@ class ParameterServer:
         for part in self.staging.chunks(array[whole]):
             yield slice(whole.start + part.start, whole.start + part.stop)
 
-    def _parts(self, size: int) -> Iterator[tuple[int, slice]]:
-        """Yield each server's rank and its part of an array (size,)."""
+    def parts(self, size: int) -> Iterator[tuple[int, slice]]:
+        """Yield each server's rank and its part of an array (size,). Not collective."""
         for s in range(self.servers):
             part = slice(size * s // self.servers, size * (s + 1) // self.servers)
             yield s * self.world.size // self.servers, part

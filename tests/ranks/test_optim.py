@@ -299,7 +299,7 @@ def test_passes_between_updates_communicate_nothing(
             if step % 3 < 2:
                 patch.setattr(replica, "world", None)
                 patch.setattr(replica, "strategy", None)
-                patch.setattr(replica, "_update", None)
+                patch.setattr(replica, "update", None)
             replica.step()
     assert replica.steps == 2
     replica.close()

@@ -15,6 +15,7 @@ from mpidl import __version__
 from mpidl.cli import bench, launcher
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
+from mpidl.cli import plan as planning
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Data-parallel training over MPI.",
 )
 app.add_typer(bench.app, name="bench")
+app.command()(planning.plan)
 
 
 @app.callback(invoke_without_command=True)

@@ -214,6 +214,8 @@ class Exchange:
         self.codec.encode(values, message)
         self.codec.decode(message, missing)
         np.subtract(values, missing, out=missing)
+        if not np.isfinite(missing.sum()):  # a gradient that is refused must leave no trace
+            missing.fill(0)
         return message
 
     def _decoded(self, message: Array, like: Array) -> Array:

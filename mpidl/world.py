@@ -109,12 +109,15 @@ class World:
         self.comm.Barrier()
 
     def wait(self, requests: list[Any]) -> None:
-        """Complete `requests`, in place. Polls, and sleeps between: the core is free for others.
+        """Complete `requests`, in place; the core is free for others where it may take long.
 
         MPI's own waiting keeps a core busy, which may be another rank's, or that of this process's
-        own computation. It sleeps only where nothing has come for SPIN_SECONDS, so that messages
-        of a fast network are not kept waiting.
+        own computation. So between nodes, and in a thread, this polls, and sleeps where nothing
+        has come for SPIN_SECONDS: messages of a fast network are not kept waiting.
         """
+        if self.nodes == 1 and not self.beside:
+            self.MPI.Request.Waitall(requests)
+            return
         done = self.MPI.Request.Testall
         start = time.perf_counter()
         while not done(requests):

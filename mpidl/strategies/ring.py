@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
+from mpidl import codecs
 from mpidl.array import namespace, synchronize
 from mpidl.errors import InvalidArgument
 from mpidl.staging import Staging
@@ -30,15 +31,26 @@ class Ring:
     section 3). Rank r starts with segment r. It adds each segment that arrives to its own and
     passes it on; after P-1 hops a segment is complete, and goes round once more to be copied.
     Segments travel as chunks of `chunk_bytes`, and a chunk is passed on as soon as it is added,
-    so all links are busy all the time. The order of each sum is fixed: same bits in every run.
+    so all links are busy all the time. The order of each sum is fixed: same bits in every run. The
+    ring goes from node to node: however the ranks were placed, it enters each once.
+
+    With `codec` chunks travel encoded, and are decoded, added and encoded again at each hop: only
+    for codecs without feedback. The sums are made of what was decoded.
     """
 
     shared: ClassVar[bool] = False
 
-    def __init__(self, world: World, chunk_bytes: int = 1 << 20) -> None:
+    def __init__(self, world: World, chunk_bytes: int = 1 << 20, codec: codecs.Spec = None) -> None:
         if chunk_bytes < 64:
             raise InvalidArgument(f"chunk_bytes={chunk_bytes}: expected 64 or more")
+        coded = codecs.make(codec)
+        if isinstance(coded, codecs.PowerSGD) or (coded is not None and coded.feedback):
+            raise InvalidArgument(
+                f"ring encodes at every hop, which {coded} is not for: expected a codec without "
+                'feedback, such as "fp16", "bf16" or "int8", or the strategy "hierarchical"'
+            )
         self.world, self.chunk_bytes, self.staging = world, chunk_bytes, Staging()
+        self.codec = coded
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
@@ -71,47 +83,71 @@ class Ring:
         self.staging.close()
 
     def _round(self, buffer: Array, weight: float) -> None:
-        rank, size, comm = self.world.rank, self.world.size, self.world.comm
-        left, right = (rank - 1) % size, (rank + 1) % size
-        sums = [c for hop in range(1, size) for c in self._chunks(buffer, rank - hop)]
-        copies = [c for hop in range(size - 1) for c in self._chunks(buffer, rank - hop)]
+        comm, codec = self.world.comm, self.codec
+        order = [rank for members in self.world.members for rank in members]
+        size, place = len(order), order.index(self.world.rank)
+        left, right = order[place - 1], order[(place + 1) % size]
+        sums = [c for hop in range(1, size) for c in self._chunks(buffer, place - hop)]
+        copies = [c for hop in range(size - 1) for c in self._chunks(buffer, place - hop)]
         arriving = sums + copies
-        passed_on = len(arriving) - sum(1 for _ in self._chunks(buffer, rank - size + 2))
+        passed_on = len(arriving) - sum(1 for _ in self._chunks(buffer, place - size + 2))
+        complete = len(sums) - sum(1 for _ in self._chunks(buffer, place + 1))  # from here on
         length = min(buffer.size, self.chunk_bytes // buffer.itemsize)
         scratch = [namespace(buffer).empty(length, buffer.dtype) for _ in range(RECEIVES)]
         sends: dict[int, Any] = {}  # by the first element of the chunk
         receives: list[Any] = []
+        messages: dict[int, Array] = {}  # encoded, by number
 
-        def send(chunk: slice) -> None:
+        def send(chunk: slice, message: Array | None = None) -> Array:
             synchronize(buffer)
-            sends[chunk.start] = comm.Isend(buffer[chunk], right)
+            if message is None:
+                message = buffer[chunk]
+                if codec is not None:
+                    message = np.empty(codec.nbytes(message.size), np.uint8)
+                    codec.encode(buffer[chunk], message)
+            if chunk.start in sends:
+                self.world.wait([sends[chunk.start]])
+            sends[chunk.start] = comm.Isend(message, right)
+            return message
 
         def receive(stop: int) -> None:
             for i in range(len(receives), min(stop, len(arriving))):
                 chunk = arriving[i]
-                if i < len(sums):
-                    place = scratch[i % RECEIVES][: chunk.stop - chunk.start]
+                n = chunk.stop - chunk.start
+                if codec is not None:
+                    memory = messages[i] = np.empty(codec.nbytes(n), np.uint8)
+                elif i < len(sums):
+                    memory = scratch[i % RECEIVES][:n]
                 elif chunk.start in sends:
-                    sends.pop(chunk.start).Wait()  # its sum left from here, and must be gone
-                    place = buffer[chunk]
+                    self.world.wait([sends.pop(chunk.start)])  # its sum left from here
+                    memory = buffer[chunk]
                 else:  # short arrays: its sum is still to come
                     break
-                receives.append(comm.Irecv(place, left))
+                receives.append(comm.Irecv(memory, left))
 
         receive(min(RECEIVES, len(sums)))
-        for chunk in self._chunks(buffer, rank):
+        for chunk in self._chunks(buffer, place):
             buffer[chunk] *= weight
             send(chunk)
         for i, chunk in enumerate(arriving):
             receive(i + RECEIVES)
-            receives[i].Wait()
+            self.world.wait([receives[i]])
+            own, message = buffer[chunk], messages.pop(i, None)
             if i < len(sums):
-                own = buffer[chunk]
+                addend = scratch[i % RECEIVES][: own.size]
+                if codec is not None and message is not None:
+                    codec.decode(message, addend)
                 own *= weight
-                own += scratch[i % RECEIVES][: own.size]
+                own += addend
+                message = send(chunk)  # a sum is always passed on
+                if codec is not None and i >= complete:  # all go on with the same bits
+                    codec.decode(message, own)
+                continue
+            if codec is not None and message is not None:
+                codec.decode(message, own)
             if i < passed_on:
-                send(chunk)
-        self.world.MPI.Request.Waitall(list(sends.values()))
+                send(chunk, message)
+        self.world.wait(list(sends.values()))
 
     def _chunks(self, buffer: Array, segment: int) -> Iterator[slice]:
         """Yield the chunks of segment `segment` mod P of the buffer (n,)."""

@@ -55,6 +55,12 @@ def as_nodes(world: mpidl.World, node_of: Callable[[int], int]) -> mpidl.World:
     )
 
 
+MPICH = "mpich" in os.environ.get("MPI4PY_LIBMPI", "")
+#: For bodies that take long: 3 ranks make nodes of unequal size, 4 two pairs.
+fewer_runs = pytest.mark.skipif(
+    DEVICE != "cpu" or mpidl.init().size not in ((3,) if MPICH else (3, 4)),
+    reason="runs in host memory, on 3 ranks, and on 4 under Open MPI",
+)
 #: Ways to place ranks on nodes.
 PLACEMENTS: dict[str, Callable[[int], int]] = {
     "each rank on a node": lambda rank: rank,

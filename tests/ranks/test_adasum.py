@@ -15,8 +15,10 @@ from mpidl import nn, optim
 from mpidl.array import namespace, to_numpy
 from mpidl.errors import InvalidArgument
 from mpidl.strategies.adasum import DOT_ELEMENTS, Adasum
+from tests.ranks.conftest import fewer_runs
 from tests.ranks.test_parallel import make_model, weights_of
 
+pytestmark = fewer_runs
 LENGTHS = [0, 1, 2, 3, 7, 1023, 5 * DOT_ELEMENTS + 3]
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
 

@@ -13,10 +13,10 @@ import mpidl
 from mpidl import exchange, nn, optim
 from mpidl.codecs import CODECS, PowerSGD, TopK
 from mpidl.errors import InvalidArgument
-from mpidl.strategies import Hierarchical, make
-from tests.ranks.conftest import DEVICE, PLACEMENTS, as_nodes
+from mpidl.strategies import Hierarchical, Ring, make
+from tests.ranks.conftest import PLACEMENTS, as_nodes, fewer_runs
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="hierarchical works in host memory")
+pytestmark = fewer_runs
 
 SEVERAL_BLOCKS = 300_001
 #: of the largest |x|: what two encodings, of a sum and of a mean, may be off by
@@ -89,6 +89,30 @@ def test_an_encoded_mean_is_near(
         found, np.mean(gathered, axis=0), rtol=0, atol=BOUNDS[name] * largest
     )
     assert equal_everywhere(nodes, found)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, SEVERAL_BLOCKS])
+def test_a_ring_may_encode(nodes: mpidl.World, name: str, n: int, own: Any) -> None:
+    ring = Ring(nodes, chunk_bytes=1 << 14, codec=name)
+    local = own.standard_normal(n).astype(np.float32)
+    _, grad = ring.allocate(n, np.dtype("float32"), np)
+    for _ in range(2):
+        grad[:] = local
+        for part, mean in ring.reduce(grad, 1 / nodes.size):
+            assert part == slice(0, n)
+            found = mean.copy()
+    gathered = nodes.gather(local)
+    largest = max(np.abs(x).max(initial=0) for x in gathered)
+    bound = BOUNDS[name] * largest * max(1, nodes.size)  # once a hop
+    np.testing.assert_allclose(found, np.mean(gathered, axis=0), rtol=0, atol=bound)
+    assert equal_everywhere(nodes, found)
+
+
+@pytest.mark.parametrize("codec", ["signsgd", "topk", "powersgd"])
+def test_a_ring_takes_no_feedback(codec: str, world: mpidl.World) -> None:
+    with pytest.raises(InvalidArgument, match="ring encodes at every hop"):
+        Ring(world, codec=codec)
 
 
 @pytest.mark.parametrize("codec", ["signsgd", TopK(0.05)])

@@ -10,9 +10,9 @@ import pytest
 import mpidl
 from mpidl import functional, nn, optim
 from mpidl.errors import InvalidArgument
-from tests.ranks.conftest import DEVICE, PLACEMENTS, STRATEGIES, as_nodes
+from tests.ranks.conftest import PLACEMENTS, STRATEGIES, as_nodes, fewer_runs
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the same code on any device")
+pytestmark = fewer_runs
 EVERY = 3
 
 

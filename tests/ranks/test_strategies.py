@@ -22,7 +22,7 @@ VARIANTS: dict[str, Callable[[mpidl.World], Strategy]] = {
     "ring, chunks of 4 KiB": partial(Ring, chunk_bytes=4096),
     **{f"{s} servers": partial(ParameterServer, servers=s) for s in range(2, RANKS + 1)},
 }
-if DEVICE == "cpu":
+if DEVICE == "cpu" and RANKS == 3:  # in nodes of one and of two
     VARIANTS |= {
         f"hierarchical, {name}": lambda world, node_of=node_of: Hierarchical(
             as_nodes(world, node_of)
@@ -208,7 +208,7 @@ def test_options_must_be_the_same(world: mpidl.World) -> None:
         RankMismatch, match=r"rank 1: strategy: Ring\(chunk_bytes=128\), but rank 0"
     ):
         make(Ring(world, 128 if world.rank == 1 else 64), world)
-    with pytest.raises(RankMismatch, match=r"ParameterServer\(servers=2\)"):
+    with pytest.raises(RankMismatch, match=r"ParameterServer\(servers=2\b"):
         make(ParameterServer(world, 2 if world.rank == 1 else 1), world)
 
 

@@ -22,7 +22,7 @@ class Memory:
     def __init__(self) -> None:
         self.asked: list[tuple[int, str]] = []
 
-    def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout) -> tuple[Array, Array]:
+    def allocate(self, size: int, dtype: Any, xp: Any, _layout: Layout) -> tuple[Array, Array]:
         assert xp is np
         self.asked.append((size, np.dtype(dtype).name))
         return private(size, dtype, xp)

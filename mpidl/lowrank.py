@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from mpidl.exchange import Exchange, Lane, Source
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mpidl.array import Array, Layout, Stream
+    from mpidl.array import Array, Averages, Layout, Stream
     from mpidl.codecs.powersgd import PowerSGD
     from mpidl.world import World
 
@@ -31,6 +33,15 @@ class Matrix:
     def part(self) -> slice:
         """Where they lie in the flat array."""
         return slice(self.start, self.start + self.rows * self.columns)
+
+
+class Rows(NamedTuple):
+    """A matrix M, or some rows of one that stay in cache, and its factors."""
+
+    part: slice  #: of the flat array
+    m: Array  #: (rows, columns)
+    p: Array  #: P^T (rank, rows)
+    q: Array  #: Q^T (rank, columns), of the whole matrix
 
 
 @final
@@ -66,72 +77,48 @@ class LowRank:
         self, owned: slice, lanes: Sequence[Lane], dtype: Any, layout: Layout
     ) -> dict[str, Array]:
         """Return what must be kept from step to step, for the slice `owned` of an array."""
-        first = []  # directions of each matrix, the same on all nodes
+        first = [np.empty(0, dtype)]  # Q of each matrix, the same on all nodes
         for lane in lanes:
             for m in self._matrices(lane, layout):
                 rng = np.random.default_rng([lane.part.start, m.start])
-                first.append(rng.standard_normal((m.columns, self.rank)).astype(dtype))
+                first.append(rng.standard_normal(self.rank * m.columns).astype(dtype))
         return {
             "codec_error": np.zeros(owned.stop - owned.start, dtype),
-            "codec_directions": np.concatenate([np.empty((0, self.rank), dtype), *first]),
+            "codec_directions": np.concatenate(first),
         }
 
     def average(self, sources: Sequence[Source]) -> Stream:
         """Yield the mean over nodes of what each source's sums yield, in order. Collective.
 
-        With the number of the source. The gradients are written over.
+        With the number of the source. Passes over memory are what this costs, so they are few: M
+        takes the place of what was left out, P is made of its rows while they are in cache, and
+        the mean is never written to memory.
         """
         for number, source in enumerate(sources):
-            for part, total in source.sums:
-                source.grad[part] = total
-            end = 0
+            error, directions = source.state["codec_error"], source.state["codec_directions"]
+            before, turns, end = directions.copy(), [], 0
             for lane in source.lanes:
                 matrices = list(self._matrices(lane, source.layout))
-                start, end = end, end + sum(m.columns for m in matrices)
-                self._average(source, lane, matrices, source.state["codec_directions"][start:end])
-                yield number, lane.part, source.grad[lane.part]
-
-    def _average(
-        self, source: Source, lane: Lane, matrices: list[Matrix], directions: Array
-    ) -> None:
-        """Average one lane; `directions` (columns of all its matrices, rank) become the next."""
-        grad, rank, first = source.grad, self.rank, source.owned.start
-        missing = source.state["codec_error"]
-        others = list(_gaps(lane.part, [m.part for m in matrices]))
-        sent = sum(gap.stop - gap.start for gap in others)
-        flat = np.empty(sent + rank * sum(m.rows for m in matrices), grad.dtype)
-        np.concatenate([flat[:0], *(grad[gap] for gap in others)], out=flat[:sent])
-
-        turns = []  # of each matrix: it, what was left out, P, and Q
-        place, column = sent, 0
-        for m in matrices:
-            shape = m.rows, m.columns
-            matrix = grad[m.part].reshape(shape)
-            error = missing[m.start - first : m.part.stop - first].reshape(shape)
-            p = flat[place : place + m.rows * rank].reshape(m.rows, rank)
-            q = directions[column : column + m.columns]
-            for rows in _row_blocks(matrix):
-                np.add(matrix[rows], error[rows], out=matrix[rows])
-                np.matmul(matrix[rows], q, out=p[rows])
-            turns.append((matrix, error, p, q))
-            place, column = place + p.size, column + m.columns
-        self._sum(flat, lane)
-
-        for matrix, error, p, q in turns:
-            p[:] = np.linalg.qr(p)[0]
-            np.matmul(matrix.T, p, out=q)
-            for rows in _row_blocks(matrix):
-                np.matmul(p[rows], q.T, out=error[rows])
-                np.subtract(matrix[rows], error[rows], out=error[rows])
-        self._sum(directions.reshape(-1), lane)
-
-        for matrix, _, p, q in turns:
-            np.matmul(p, q.T, out=matrix)
-        start = 0
-        for gap in others:
-            size = gap.stop - gap.start
-            grad[gap] = flat[start : start + size]
-            start += size
+                start, end = end, end + self.rank * sum(m.columns for m in matrices)
+                turns.append(_Turn(lane, matrices, source, directions[start:end], self.rank))
+            rows = itertools.chain.from_iterable(turn.rows() for turn in turns)
+            waiting = next(rows, None)
+            for part, total in source.sums:
+                held = error[part.start - source.owned.start : part.stop - source.owned.start]
+                held += total
+                while waiting is not None and waiting.part.stop <= part.stop:
+                    np.matmul(waiting.q, waiting.m.T, out=waiting.p)
+                    waiting = next(rows, None)
+            for turn in turns:
+                turn.take_others()
+                self._sum(turn.sent, turn.lane)
+                turn.project()
+                self._sum(turn.directions, turn.lane)
+                for part, mean in turn.means():
+                    yield number, part, mean
+            if not np.isfinite(directions.sum()):  # a gradient that is refused leaves no trace
+                directions[:] = before
+                error.fill(0)
 
     def _sum(self, values: Array, lane: Lane) -> None:
         """Replace `values` (n,) by their sum over the lane. Collective."""
@@ -156,6 +143,71 @@ class LowRank:
                 yield Matrix(start + low * columns, rows, columns)
 
 
+class _Turn:
+    """One lane of a source in one step: its matrices, and what is sent as it is."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        matrices: list[Matrix],
+        source: Source,
+        directions: Array,
+        rank: int,
+    ) -> None:
+        self.lane, self.directions = lane, directions
+        self._error, self._first = source.state["codec_error"], source.owned.start
+        self._others = list(_gaps(lane.part, [m.part for m in matrices]))
+        others = sum(gap.stop - gap.start for gap in self._others)
+        self.sent = np.empty(others + rank * sum(m.rows for m in matrices), directions.dtype)
+        self._factors: list[Rows] = []
+        row, column = others, 0
+        for m in matrices:
+            p = self.sent[row : row + rank * m.rows].reshape(rank, m.rows)
+            q = directions[column : column + rank * m.columns].reshape(rank, m.columns)
+            self._factors.append(Rows(m.part, self._held(m.part).reshape(m.rows, -1), p, q))
+            row, column = row + p.size, column + q.size
+
+    def rows(self) -> Iterator[Rows]:
+        """Yield all matrices in order, a few rows at a time."""
+        for whole, m, p, q in self._factors:
+            columns = m.shape[1]
+            step = max(1, UPDATE_BLOCK_BYTES // (columns * m.itemsize))
+            for start in range(0, len(m), step):
+                stop = min(start + step, len(m))
+                part = slice(whole.start + start * columns, whole.start + stop * columns)
+                yield Rows(part, m[start:stop], p[:, start:stop], q)
+
+    def take_others(self) -> None:
+        """Gather what is no part of a matrix: nothing of it is ever left out."""
+        for gap, values in self._gathered():
+            held = self._held(gap)
+            values[:] = held
+            held.fill(0)
+
+    def project(self) -> None:
+        """Make P orthonormal, Q = M^T P, and leave M - P Q^T."""
+        for _, m, p, q in self._factors:
+            p[:] = np.linalg.qr(p.T)[0].T
+            np.matmul(p, m, out=q)
+        for rows in self.rows():
+            rows.m[...] -= np.matmul(rows.p.T, rows.q)
+
+    def means(self) -> Averages:
+        """Yield the mean of the lane, part by part; each is there until the next."""
+        matrices = ((r.part, np.matmul(r.p.T, r.q).reshape(-1)) for r in self.rows())
+        return heapq.merge(self._gathered(), matrices, key=lambda found: found[0].start)
+
+    def _gathered(self) -> Iterator[tuple[slice, Array]]:
+        """Yield what is no part of a matrix, with its place in `sent`."""
+        end = 0
+        for gap in self._others:
+            start, end = end, end + gap.stop - gap.start
+            yield gap, self.sent[start:end]
+
+    def _held(self, part: slice) -> Array:
+        return self._error[part.start - self._first : part.stop - self._first]
+
+
 def _gaps(whole: slice, parts: Sequence[slice]) -> Iterator[slice]:
     """Yield what is left of `whole` between ordered parts."""
     end = whole.start
@@ -165,10 +217,3 @@ def _gaps(whole: slice, parts: Sequence[slice]) -> Iterator[slice]:
         end = part.stop
     if end < whole.stop:
         yield slice(end, whole.stop)
-
-
-def _row_blocks(matrix: Array) -> Iterator[slice]:
-    """Cut (rows, columns) into rows that stay in cache."""
-    step = max(1, UPDATE_BLOCK_BYTES // (matrix.shape[1] * matrix.itemsize))
-    for start in range(0, matrix.shape[0], step):
-        yield slice(start, start + step)

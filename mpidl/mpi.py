@@ -54,8 +54,9 @@ def start(MPI: Any) -> None:
             stack.enter_context(warnings.catch_warnings())
             # the check below says the same, and what to do
             warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
-            if not config.launched():  # alone, Open MPI would leave 16 MiB in /dev/shm for ever
-                stack.enter_context(config.setting("OMPI_MCA_btl", "^sm"))
+            if not config.launched():
+                # alone, Open MPI would leave 16 MiB in /dev/shm for ever, and sleep for a second
+                stack.enter_context(config.setting("OMPI_MCA_btl", "self"))
             MPI.Init_thread()
     if size > 1 and MPI.COMM_WORLD.size == 1:
         raise _mismatch(MPI, name, size)

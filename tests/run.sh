@@ -22,7 +22,7 @@ else # units run beside the others, which often wait for their ranks to start
     units=$(mktemp)
     OPENBLAS_NUM_THREADS=1 coverage run -m pytest tests/unit > "$units" 2>&1 &
     trap 'kill $! 2> /dev/null; rm -f "$units"' EXIT
-    coverage run -m pytest --ignore tests/unit || status=$?
+    coverage run -m pytest --ignore tests/unit --durations 25 || status=$?
     wait $! || status=$?
     cat "$units"
 fi

@@ -32,7 +32,7 @@ def run(
     """
     library = launcher.find()
     program = launcher.program([module, json.dumps(options)], module=True)
-    added = launcher.environment(library, max(hosts.values()) if hosts else ranks)
+    added = launcher.environment(library, ranks, hosts)
     environment = {**launcher.clean_environment(), **added, **dict.fromkeys(THREADS, "1")}
     result = subprocess.run(
         [*launcher.options(library, ranks, hosts, environment), *program],

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpidl.bench.timing import quartiles
-from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.world import World
 
-UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}  # bits a second
 TURNS = 5
 MIN_SECONDS = 0.25  # of one message: a link's burst is small beside it
 MIN_BYTES, MAX_BYTES = 1 << 20, 1 << 28
 TAG = 7
-
-
-def parse_rate(text: str) -> float:
-    """Return the bits a second that "2.5gbit" means. Raises InvalidArgument."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    if found is None or found[2] not in UNITS or float(found[1]) == 0:
-        raise InvalidArgument(f"rate {text!r}: expected a number and one of {', '.join(UNITS)}")
-    return float(found[1]) * UNITS[found[2]]
 
 
 def seconds(nbytes: int, nodes: int, rate: float) -> float:

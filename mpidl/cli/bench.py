@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from mpidl.bench import allreduce as allreduce_bench
-from mpidl.bench import coded, plots, wire
+from mpidl.bench import coded, plots
 from mpidl.bench import engine as engine_bench
 from mpidl.bench import scaling as scaling_bench
 from mpidl.bench import step as step_bench
 from mpidl.cli import launcher
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
+from mpidl.plan import units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +83,7 @@ def allreduce(
     """
     wanted = _or_exit(partial(allreduce_bench.parse_sizes, sizes))
     options = {"codecs": _or_exit(partial(coded.parse, codecs))}
-    options["rate"] = _or_exit(partial(wire.parse_rate, rate)) if rate else None
+    options["rate"] = 8 * _or_exit(partial(units.rate, rate, "rate")) if rate else None
     count, options["hosts"] = _or_exit(partial(_places, ranks, hosts))
     _check_plot(plot)
     report = _or_exit(partial(allreduce_bench.run, count, wanted, turns, **options))

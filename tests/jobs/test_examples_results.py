@@ -20,6 +20,8 @@ from tests import job
 from tests.conftest import SEED
 from tests.jobs.test_failures import only_mpich
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 WORDS, LETTERS, COUNT = 16, 4, 5000  # of the text: log2(WORDS) bits for LETTERS and a blank
 BITS = math.log2(WORDS) / (LETTERS + 1)
 

@@ -138,6 +138,29 @@ def test_what_is_left_out_follows(nodes: mpidl.World, codec: Any, own: Any) -> N
         assert set(state) == {"codec_error"}
 
 
+@pytest.mark.parametrize("codec", ["signsgd", TopK(0.05), "powersgd"], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_refused_leaves_no_trace(
+    nodes: mpidl.World, codec: Any, bad: float, own: Any
+) -> None:
+    """NaN on one rank is seen on all, in that step only."""
+    n, layout = layers_of([(100, 90), (50,)])
+    strategy = Hierarchical(nodes, codec)
+    param, grad = strategy.allocate(n, np.dtype("float32"), np, layout)
+    local = own.standard_normal(n).astype(np.float32)
+    mean_of(strategy, param, grad, local, 1 / nodes.size)
+    wrong = local.copy()
+    if nodes.rank == nodes.size - 1:
+        wrong[own.integers(0, n, 3)] = bad
+    with np.errstate(invalid="ignore"):
+        found = mean_of(strategy, param, grad, wrong, 1 / nodes.size)
+    assert not np.isfinite(found).all()
+    assert all(np.isfinite(values).all() for values in strategy.state(grad).values())
+    found = mean_of(strategy, param, grad, local, 1 / nodes.size)
+    assert np.isfinite(found).all()
+    assert equal_everywhere(nodes, found)
+
+
 def layers_of(shapes: list[tuple[int, ...]]) -> tuple[int, list[tuple[int, tuple[int, ...]]]]:
     layout, end = [], 0
     for shape in shapes:

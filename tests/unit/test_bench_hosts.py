@@ -120,15 +120,6 @@ def test_options_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.pop()[:3] == ("allreduce_ranks", 2, None)
 
 
-def test_rates_are_read(rng: np.random.Generator) -> None:
-    for unit, scale in {"kbit": 1e3, "Mbit": 1e6, "gbit": 1e9, "Tbit": 1e12}.items():
-        number = round(float(rng.uniform(0.5, 900)), 3)
-        assert wire.parse_rate(f" {number} {unit}") == pytest.approx(number * scale)
-    for text in ("", "10", "gbit", "0gbit", "-1gbit", "1GB", "1gbit/s", "1e3mbit"):
-        with pytest.raises(InvalidArgument, match=r"rate '.*': expected a number and one of"):
-            wire.parse_rate(text)
-
-
 def test_the_bound_of_the_wire(rng: np.random.Generator) -> None:
     """Every node sends each of the N - 1 others 1/N, twice."""
     nbytes, rate = int(rng.integers(1, 1 << 30)), float(rng.uniform(1e6, 1e12))

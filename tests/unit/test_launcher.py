@@ -60,12 +60,16 @@ def test_only_open_mpi_gets_its_own_settings(vendor: str, monkeypatch: pytest.Mo
     added = launcher.environment(library(vendor), CORES + 1)
     own = {name: value for name, value in added.items() if name.startswith("OMPI_")}
     expected = {
+        "OMPI_MCA_btl": "^ofi",
         "OMPI_MCA_osc": "^ucx",
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
     assert own == (expected if vendor == "openmpi" else {})
+    there = launcher.environment(library(vendor), 2, {"a": CORES + 1, "b": 1})
+    assert "OMPI_MCA_btl" not in there
+    assert ("OMPI_MCA_mpi_yield_when_idle" in there) == (vendor == "openmpi")
 
 
 @pytest.mark.parametrize("vendor", VENDORS)

@@ -17,6 +17,7 @@ import pytest
 SEED = int(os.environ.setdefault("MPIDL_TEST_SEED", str(secrets.randbelow(2**32))))
 START = time.time()
 SHARED_MEMORY = Path("/dev/shm")
+ALL = os.environ.get("MPIDL_TEST_ALL", "0") != "0"  # also what is marked "soak"
 IN_RANKS = "MPIDL_TEST_RANKS" in os.environ  # set by tests/test_ranks.py for its children
 
 MPI_LIBRARIES = {
@@ -61,17 +62,19 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return None
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ALL:
+        return
+    long = [item for item in items if item.get_closest_marker("soak")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that are new in every run, and the same on every rank."""
     return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
-
-
-@pytest.fixture
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count no lines in children: that takes half as long again as the tests themselves."""
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-    monkeypatch.delenv("COVERAGE_PROCESS_START", raising=False)
 
 
 @pytest.fixture(params=list(MPI_LIBRARIES))

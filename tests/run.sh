@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv, and runs every test. Options go to pytest.
+# Installs what the tests need into .venv, and tests. Options go to pytest.
+# --all, alone: also the long tests, and which lines of the package were run; half an hour and more.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,18 +15,24 @@ PATH=$PWD/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 mypy
-rm -f .coverage .coverage.*
-status=0
-if (($#)); then
-    coverage run -m pytest "$@" || status=$?
-else # units run beside the others, which often wait for their ranks to start
-    units=$(mktemp)
-    OPENBLAS_NUM_THREADS=1 coverage run -m pytest tests/unit > "$units" 2>&1 &
-    trap 'kill $! 2> /dev/null; rm -f "$units"' EXIT
-    coverage run -m pytest --ignore tests/unit --durations 25 || status=$?
-    wait $! || status=$?
-    cat "$units"
+if (($#)) && [[ $1 != --all ]]; then
+    exec python -m pytest "$@"
 fi
-coverage combine -q
-coverage report
+run=(python -m pytest)
+if (($#)); then
+    export MPIDL_TEST_ALL=1
+    rm -f .coverage .coverage.*
+    run=(coverage run -m pytest)
+fi
+# Units run beside the others, which often wait for their ranks to start.
+status=0 units=$(mktemp)
+OPENBLAS_NUM_THREADS=1 "${run[@]}" tests/unit > "$units" 2>&1 &
+trap 'kill $! 2> /dev/null; rm -f "$units"' EXIT
+"${run[@]}" --ignore tests/unit --durations 25 || status=$?
+wait $! || status=$?
+cat "$units"
+if (($#)); then
+    coverage combine -q
+    coverage report
+fi
 exit $status

@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests import job
+from tests.conftest import ALL
 
-COUNTED = 3  # ranks, whose lines are counted: most bodies run on them
+# What depends on the number of ranks, or on the MPI; all else runs on 1, 2 and 3 ranks.
+CORE = ("average", "hierarchical", "parallel", "strategies", "world")
+EVERYTHING = {("openmpi", 1), ("openmpi", 2), ("openmpi", 3), ("mpich", 2)}
+MORE = {("openmpi", 4): ("adasum", "exchange"), ("mpich", 3): ("exchange",)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_in_ranks(mpi: str, ranks: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if ranks != COUNTED:
-        request.getfixturevalue("uncounted")
-    result = run_bodies(mpi, ranks, "cpu", tmp_path)
+def test_in_ranks(mpi: str, ranks: int, tmp_path: Path) -> None:
+    everything = ALL or (mpi, ranks) in EVERYTHING
+    bodies = () if everything else (*CORE, *MORE.get((mpi, ranks), ()))
+    result = run_bodies(mpi, ranks, "cpu", tmp_path, bodies)
     if result.status:
         pytest.fail(str(result), pytrace=False)
 
 
 @pytest.mark.parametrize(
     ("mpi", "ranks", "cuda_aware"),
-    [("openmpi", 3, "no"), ("openmpi", 3, "yes"), ("mpich", 1, "no")],
+    [("openmpi", 3, "no"), ("openmpi", 2, "yes"), ("mpich", 1, "no")],
 )
 def test_on_the_stand_in_for_cupy(mpi: str, ranks: int, cuda_aware: str, tmp_path: Path) -> None:
     """A mock, for the paths of GPU arrays; tests/gpu has the real thing."""
-    result = run_bodies(mpi, ranks, "stand-in", tmp_path, MPIDL_CUDA_AWARE=cuda_aware)
+    bodies = () if ALL or cuda_aware == "no" else CORE
+    result = run_bodies(mpi, ranks, "stand-in", tmp_path, bodies, MPIDL_CUDA_AWARE=cuda_aware)
     if result.status:
         pytest.fail(str(result), pytrace=False)
 
 
-def run_bodies(mpi: str, ranks: int, device: str, folder: Path, **extra: str) -> job.Result:
+def run_bodies(
+    mpi: str, ranks: int, device: str, folder: Path, bodies: Sequence[str], **extra: str
+) -> job.Result:
     # -m mpi4py and -x: the first failure on any rank ends all ranks at once
-    pytest_line = (
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "--color=no",
-        "-p",
-        "no:cacheprovider",
-        "tests/ranks",
-    )
-    command = (sys.executable, "-m", "mpi4py", *pytest_line)
+    pytest_line = ("-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider")
+    files = [f"tests/ranks/test_{name}.py" for name in bodies] or ["tests/ranks"]
+    command = (sys.executable, "-m", "mpi4py", *pytest_line, *files)
     settings = {"MPIDL_TEST_RANKS": "1", "MPIDL_TEST_DEVICE": device, "MPIDL_TEST_TMP": str(folder)}
     return job.run(mpi, ranks, *command, timeout=280, **settings, **extra)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpidl import functional, nn, optim
+from mpidl.bench import rivals
 from mpidl.bench.engine_models import RATE, batch, model
 from mpidl.parallel import DataParallel
 
@@ -36,6 +39,7 @@ class Replica:
     update: Callable[[], None]
     values: Callable[[], list[Array]]  #: the parameters
     close: Callable[[], None]
+    at_work: Callable[[], AbstractContextManager[None]] = nullcontext  #: in which steps are made
 
     def step(self) -> None:
         """Make one step. Collective."""
@@ -74,11 +78,12 @@ def in_mpidl(
 
 
 def in_torch(
-    method: str, name: str, rows: int, seed: int = 0, *, parallel: bool = False
+    method: str, name: str, rows: int, seed: int = 0, *, parallel: str | None = None
 ) -> Replica:
-    """Return the model `name` in PyTorch, on one thread; `parallel` wraps it in its DDP.
+    """Return the model `name` in PyTorch, on one thread; `parallel` is None, "ddp" or "horovod".
 
-    Collective then, and after `rivals.join_gloo`.
+    With "ddp" collective, and after `rivals.join_gloo`; with "horovod" also, after
+    `rivals.try_horovod`: its thread, which never rests, runs while steps are made.
     """
     import torch
 
@@ -88,8 +93,15 @@ def in_torch(
     torch.manual_seed(0)
     x, y = map(torch.from_numpy, batch(name, rows, seed))
     network = engine_torch.model(name)
-    forward = torch.nn.parallel.DistributedDataParallel(network) if parallel else network
-    optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM)
+    forward: torch.nn.Module = network
+    optimizer: Any = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM)
+    at_work: Callable[[], AbstractContextManager[None]] = nullcontext
+    if parallel == "ddp":
+        forward = torch.nn.parallel.DistributedDataParallel(network)
+    elif parallel == "horovod":
+        at_work = partial(rivals.horovod_at_work, torch.ones(1))
+        with at_work():
+            optimizer = rivals.horovod_optimizer(optimizer, network)
 
     def backward() -> None:
         optimizer.zero_grad()
@@ -104,4 +116,5 @@ def in_torch(
         update=optimizer.step,
         values=lambda: [np.asarray(p.detach()) for p in network.parameters()],
         close=lambda: None,
+        at_work=at_work,
     )

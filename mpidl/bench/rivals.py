@@ -88,6 +88,12 @@ def horovod_average(tensor: Any) -> None:
     hvd.allreduce_(tensor, op=hvd.Average, name=f"tensor of {tensor.numel()}")
 
 
+def horovod_optimizer(optimizer: Any, network: Any) -> Any:
+    """Return a torch `optimizer` that averages the gradients of `network` first. Collective."""
+    hvd: Any = importlib.import_module("horovod.torch")
+    return hvd.DistributedOptimizer(optimizer, named_parameters=network.named_parameters())
+
+
 def _mpi_libraries() -> list[str]:
     """Return the names of the MPI libraries that this process has loaded."""
     files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}

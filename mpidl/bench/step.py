@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MODELS = ("wide", "mlp", "cnn", "transformer")
-METHODS = ("local", *STRATEGIES, "auto", "hierarchical_blocking", "torch_local", "ddp")
+METHODS = ("local", *STRATEGIES, "auto", "hierarchical_blocking", "torch_local", "ddp", "horovod")
 TURNS = 25
 MEMORY_MODEL = "wide"
 MEMORY_METHODS = ("hierarchical", "sharded", "allreduce")
@@ -65,7 +65,7 @@ def show(report: dict[str, Any]) -> None:
         here = [row for row in rows if row["model"] == model]
         title = f"a step of {model}, {here[0]['ranks']} ranks"
         times = _table(title, "method", "median ms", "25 %", "75 %", "/ local")
-        times.caption = "ddp / torch_local, all others / local"
+        times.caption = "ddp and horovod / torch_local, all others / local"
         spent = _table("where its time goes, ms", "method", *PHASES)
         for row in here:
             chosen = f" ({row['strategy']})" if row["method"] == "auto" else ""

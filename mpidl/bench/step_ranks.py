@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import zlib
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,11 @@ def measure(
         reason = rivals.join_gloo(world)
         if reason is not None:
             with_torch, absent = False, dict.fromkeys(("torch_local", "ddp"), reason)
+    with_horovod = methods is None or "horovod" in methods
+    if with_horovod:
+        reason = rivals.try_horovod(world)
+        if reason is not None:
+            with_horovod, absent["horovod"] = False, reason
     encoded = {coded.method(codec): {"codec": codec} for codec in codecs}
     between_nodes: dict[str, dict[str, Any]] = {**encoded}
     if methods is None or BLOCKING in methods:
@@ -68,9 +74,11 @@ def measure(
                 method, "hierarchical", world, name, rows, world.rank, **options
             )
             made.append(one)
-        if with_torch:
+        if with_torch or with_horovod:
             made.append(replicas.in_torch("torch_local", name, rows, world.rank))
-            made.append(replicas.in_torch("ddp", name, rows, world.rank, parallel=True))
+        for method, there in (("ddp", with_torch), ("horovod", with_horovod)):
+            if there:
+                made.append(replicas.in_torch(method, name, rows, world.rank, parallel=method))
         found = _rows(world, name, made, turns)
         for replica in made:
             replica.close()
@@ -96,7 +104,7 @@ def _part(world: World, samples: int) -> int:
 def _rows(world: World, name: str, made: list[Replica], turns: int) -> list[dict[str, Any]]:
     """Time steps of all replicas, alternately, between two checks. Collective."""
     check_first_step(world, made)
-    steps = {r.method: partial(timing.of_one, world, r.step) for r in made}
+    steps = {r.method: partial(_seconds, world, r) for r in made}
     warm_up = timing.WARM_UP if world.nodes == 1 else WARM_UP_OF_OVERLAP
     taken = timing.in_turns(steps, turns, warm_up)
     _check_last_step(world, made)
@@ -116,6 +124,13 @@ def _rows(world: World, name: str, made: list[Replica], turns: int) -> list[dict
     return rows
 
 
+def _seconds(world: World, replica: Replica) -> float:
+    with replica.at_work():
+        if replica.at_work is not nullcontext:  # what has just begun has buffers to make
+            replica.step()
+        return timing.of_one(world, replica.step)
+
+
 def check_first_step(world: World, made: list[Replica]) -> None:
     """Make one step of each, and compare with the mean of what each rank got by itself. Collective.
 
@@ -129,7 +144,8 @@ def check_first_step(world: World, made: list[Replica]) -> None:
     first = [value.copy() for value in made[0].values()] if encoded else []
     for replica in made:
         world.barrier()
-        replica.step()
+        with replica.at_work():
+            replica.step()
     bases = {r.method: r.values() for r in made if r.method == r.base}
     largest = 0.0  # of lr g, on all ranks
     if encoded:

@@ -34,7 +34,7 @@ def needs_gpu() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_in_ranks(mpi: str, ranks: int, tmp_path: Path) -> None:
-    result = run_bodies(mpi, ranks, "cuda", tmp_path)
+    result = run_bodies(mpi, ranks, "cuda", tmp_path, ())
     if result.status:
         pytest.fail(str(result), pytrace=False)
 

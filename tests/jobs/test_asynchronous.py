@@ -10,8 +10,6 @@ import pytest
 from tests import job
 from tests.jobs.test_failures import SECONDS, only_mpich
 
-pytestmark = pytest.mark.usefixtures("uncounted")
-
 START = """
 import json, sys, time
 import numpy as np

@@ -16,8 +16,6 @@ from mpidl.strategies import RULES, STRATEGIES
 from tests import job
 from tests.jobs.test_failures import TRACEBACK, only_mpich
 
-pytestmark = pytest.mark.usefixtures("uncounted")
-
 DIGITS = "examples/digits_mlp.py"
 EPOCHS, SEED = 3, 5
 BATCH = 96  # the 1,438 samples make 14 batches of 96 and one of 94: parts of unequal size too

@@ -20,8 +20,6 @@ from tests import job
 from tests.conftest import SEED
 from tests.jobs.test_failures import only_mpich
 
-pytestmark = pytest.mark.usefixtures("uncounted")
-
 WORDS, LETTERS, COUNT = 16, 4, 5000  # of the text: log2(WORDS) bits for LETTERS and a blank
 BITS = math.log2(WORDS) / (LETTERS + 1)
 
@@ -51,9 +49,10 @@ EXAMPLES = {
     "digits_gan": Example(("--epochs", "100"), first=1e-3, last=0.5, loss="critic"),
     "char_transformer": Example(("--epochs", "20", "--batch-size", "16"), last=1e-3),
 }
+LONG = ("digits_gan", "char_transformer")
 ACCURACY = {"logistic_regression": 0.96, "mixed_rates": 0.97, "digits_cnn": 0.98}
 
-# Runs every example once for each strategy, in one job: to import scikit-learn takes the longest.
+# Runs every example once for each strategy, in one job: to start one takes the longest.
 ALL_STRATEGIES = """
 import runpy, sys
 
@@ -124,7 +123,9 @@ def number(text: str) -> float:
     return float(found[1]) / (100 if found[2] else 1)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in LONG)) for name in EXAMPLES]
+)
 def test_ranks_train_alike(name: str, runs: Runs) -> None:
     example = EXAMPLES[name]
     alone, both = (runs.of(name, "openmpi", ranks).epochs for ranks in (1, 2))

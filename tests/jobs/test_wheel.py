@@ -12,7 +12,7 @@ import pytest
 from tests import job
 
 # A wheel of this project, its dependencies and a virtual environment are made here.
-pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("uncounted")]
+pytestmark = pytest.mark.timeout(400)
 
 PYTHON = {"PYTHON": sys.executable}  # for make_venv.sh
 QUIET_PIP = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 from sklearn import datasets
 
 from mpidl import data
+from mpidl.data import samples
 from mpidl.errors import InvalidArgument, MpidlError
 
 LOADERS = {
@@ -63,6 +65,18 @@ def test_shares_that_cannot_be(load: Callable, share: float) -> None:
     message = f"{load.__name__}: test_share={share}: expected more than 0, less than 1"
     with pytest.raises(InvalidArgument, match=message):
         load(share)
+
+
+def test_scikit_learn_is_not_imported() -> None:
+    """It takes seconds, on each rank."""
+    code = "import sys; from mpidl import data; data.digits(); assert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(samples.FILES, "wine", (("red.csv",), {}))
+    with pytest.raises(MpidlError, match=r"data\.wine: this scikit-learn lacks a file: .*red\.csv"):
+        data.wine()
 
 
 @by_name

@@ -148,9 +148,9 @@ def test_importing_starts_no_mpi_and_loads_no_framework(module: str) -> None:
 
 
 def test_importing_is_quick() -> None:
-    """The least of five: the others tell of what else the machine does."""
+    """Once is enough: the other times tell of what else the machine does."""
     code = (
         "import time, numpy, numpy.random; start = time.process_time(); "  # numpy.random comes late
         "import mpidl; print(time.process_time() - start)"
     )
-    assert min(float(python(code)) for _ in range(5)) < SECONDS_BEYOND_NUMPY
+    assert any(float(python(code)) < SECONDS_BEYOND_NUMPY for _ in range(15))

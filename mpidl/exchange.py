@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
+from mpidl import codecs
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -91,6 +93,9 @@ class Exchange:
 
     def __init__(self, world: World, codec: Codec | None = None) -> None:
         self.world, self.codec = world, codec
+        # Of their own, for the means: codecs that draw random numbers draw those of sums in the
+        # order of the blocks, and so those of means, but when both do depends on the network.
+        self._codec_of_means = codecs.fresh(codec)
         self.sent_bytes = 0  #: to other ranks, since this was made
         self._free: dict[int, list[Array]] = {}  # memory for messages, by bytes
         self._numbers = np.empty(0)  # of one message
@@ -159,7 +164,7 @@ class Exchange:
         for j, rank in enumerate(lane.ranks):
             piece = block.pieces[j]
             if j != lane.place and piece.start < piece.stop:
-                self._send(block, self._encoded(block, piece), rank, SUMS)
+                self._send(block, self._encoded(block, piece, self.codec), rank, SUMS)
 
     def _add_up(self, block: Block) -> Block:
         """Make the mean of the owned piece and send it to all; receive the other means."""
@@ -180,7 +185,7 @@ class Exchange:
                 block.arriving[j] = self._memory(out.size, out.dtype) if coded else out
                 self._receive(block, block.arriving[j], rank, MEANS)
         if piece.start < piece.stop:
-            message = self._encoded(block, piece)
+            message = self._encoded(block, piece, self._codec_of_means)
             if self.codec is not None:  # all must go on with the same bits
                 self.codec.decode(message, grad[piece])
             for j, rank in enumerate(lane.ranks):
@@ -198,23 +203,23 @@ class Exchange:
         part = slice(block.pieces[0].start, block.pieces[-1].stop)
         return block.number, part, grad[part]
 
-    def _encoded(self, block: Block, piece: slice) -> Array:
+    def _encoded(self, block: Block, piece: slice, codec: Codec | None) -> Array:
         """Return what to send for a piece of `grad`, and note what it leaves out."""
         values, error = block.source.grad[piece], block.source.state.get("codec_error")
-        if self.codec is None:
+        if codec is None:
             return values
         message = self._memory(values.size, values.dtype)
         block.leaving.append(message)
         if error is None:
-            self.codec.encode(values, message)
+            codec.encode(values, message)
             return message
         first = block.source.owned.start
         missing = error[piece.start - first : piece.stop - first]
         values += missing
-        self.codec.encode(values, message)
-        self.codec.decode(message, missing)
+        codec.encode(values, message)
+        codec.decode(message, missing)
         np.subtract(values, missing, out=missing)
-        if not np.isfinite(missing.sum()):  # a gradient that is refused must leave no trace
+        if not np.isfinite(missing.sum()):  # a gradient that is refused must not stay
             missing.fill(0)
         return message
 

@@ -116,7 +116,7 @@ class LowRank:
                 self._sum(turn.directions, turn.lane)
                 for part, mean in turn.means():
                     yield number, part, mean
-            if not np.isfinite(directions.sum()):  # a gradient that is refused leaves no trace
+            if not np.isfinite(directions.sum()):  # a gradient that is refused must not stay
                 directions[:] = before
                 error.fill(0)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mpidl.strategies import Strategy
     from mpidl.world import World
 
-WATCHED, MEASURED = 2, 3  # steps
+WATCHED, MEASURED, TRIED = 3, 3, 4  # steps
 FIRST_BYTES = 1 << 20  # of the first group: communication begins early
 GROUP_BYTES = 4 << 20  # of the others, at first
 ADVICE = "pass overlap=False"
@@ -32,7 +32,9 @@ class Overlap:
     The first steps are watched only: where gradients come in one backward, for the samples that
     were counted, on all ranks, the following ones overlap. Then the time of each bucket and that of
     its messages are known, and the buckets are grouped so that the last is averaged the soonest;
-    `groups` stay as they are from there on, and are the same on all ranks.
+    `groups` stay as they are from there on, and are the same on all ranks. Unless it was asked for,
+    a few steps more are tried, and if they take longer than those that were only watched, it ends:
+    where cores are short, sending while computing may cost more than it saves.
 
     Args:
         world: for the calling thread; `strategy` must be made for another, or be alone in using it.
@@ -64,6 +66,9 @@ class Overlap:
         self._irregular: str | None = None
         self._reducer: Reducer | None = None
         self._start: float | None = None  # of this step's first gradient
+        self._finished: float | None = None  # when, the step before
+        self._seconds: list[float] = []  # of whole steps, of which the first are timed
+        self._first_samples: float | None = None  # that were counted by then
         self._ready_at: list[np.ndarray[Any, Any]] = []  # of each bucket, in each step; seconds
         self._spent: list[list[float]] = []  # on each group
         self._bucket_of: dict[int, int] = {}
@@ -92,8 +97,9 @@ class Overlap:
 
         Returns whether the buckets hold means already, the same on all ranks; and what was wrong.
         """
-        if self._irregular is None and self._start is not None and self._samples() != weight:
-            self._irregular = f"step(weight={weight:g}), but {self._samples()} samples were counted"
+        for counted in (self._first_samples, self._samples()):
+            if self._irregular is None and self._start is not None and counted != weight:
+                self._irregular = f"step(weight={weight:g}), but {counted} samples were counted"
         averaged, problem = False, None
         if self.active:
             if self._reducer is None:
@@ -106,15 +112,19 @@ class Overlap:
                     f"{self._irregular}, in a step whose gradients were averaged while backward "
                     f"went on: {ADVICE}"
                 )
-            if averaged:
+            if averaged and self._tunes:
                 self._spent.append(self._reducer.seconds)
-        self._ready_at.append(self._times)
+        if self._tunes:
+            self._ready_at.append(self._times)
         self._reset()
         self._steps += 1
+        self._time_step()
         if self._steps == WATCHED:
             self._decide()
         elif self._steps == WATCHED + MEASURED and self.active and self._tunes:
             self._tune()
+        self._tunes &= self.active or self._steps < WATCHED
+        self._tunes &= self._steps < WATCHED + MEASURED
         return averaged, problem
 
     def forget(self) -> None:
@@ -132,6 +142,8 @@ class Overlap:
     def close(self) -> None:
         """End this. Not collective."""
         self.active = False
+        if self._reducer is not None:
+            self._reducer.abandon()
         for remove in self._removals:
             remove()
 
@@ -147,13 +159,13 @@ class Overlap:
         """Count a gradient that is complete."""
         now = time.perf_counter()
         if self._start is None:
-            self._start = now
+            self._start, self._first_samples = now, self._samples()
         if id(parameter) in self._seen:
             self._irregular = "several backward passes in a step"
             return
         self._seen.add(id(parameter))
         if self.active and self._reducer is None:
-            self._begin(self._samples())
+            self._begin(self._first_samples)
         i = self._bucket_of[id(parameter)]
         self._left[i] -= 1
         if not self._left[i]:
@@ -173,6 +185,21 @@ class Overlap:
             self.close()
             if self._asked and self.world.rank == 0:
                 warnings.warn(f"overlap=True, but not here: {reasons[0]}", stacklevel=5)
+
+    def _time_step(self) -> None:
+        """Time from step to step, and end what does not pay. Collective at the last of them."""
+        if self._asked or self._steps > WATCHED + MEASURED + TRIED:
+            return
+        now = time.perf_counter()
+        if self._finished is not None:
+            self._seconds.append(now - self._finished)  # [i]: from the end of step i to step i + 1
+        self._finished = now
+        if self._steps < WATCHED + MEASURED + TRIED or not self.active:
+            return
+        watched, tried = self._seconds[: WATCHED - 1], self._seconds[WATCHED + MEASURED :]
+        plain, overlapped = self.world.gather((min(watched), min(tried)))[0]  # rank 0's count
+        if overlapped > plain:
+            self.close()
 
     def _tune(self) -> None:
         """Choose the groups for which the last bucket is averaged the soonest. Collective."""
@@ -209,6 +236,15 @@ def for_thread(world: World, overlap: bool | str, *obstacles: tuple[str, bool]) 
         text = f"overlap=True, but not here: not with {' or '.join(reasons)}"
         warnings.warn(text, stacklevel=3)
     return None
+
+
+def made_for_thread(strategy: object) -> bool:
+    """Return whether a strategy, or what is made of this name, is not also for the caller's thread.
+
+    Two threads must not be in collectives of one communicator at once (MPI-4.1, 6.14).
+    """
+    world = getattr(strategy, "world", None)
+    return isinstance(strategy, str) or bool(getattr(world, "beside", False))
 
 
 def grouped(nbytes: Sequence[int], size: int) -> list[list[int]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpidl import bucket, codecs, strategies
 from mpidl.accumulation import Accumulation
+from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.asynchronous import AsynchronousUpdate
 from mpidl.autograd import recording
@@ -17,8 +19,8 @@ from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFinite
 from mpidl.local_steps import LocalSteps
 from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign, describe
-from mpidl.overlap import Overlap, for_thread
-from mpidl.placement import Placement, check_parameters
+from mpidl.overlap import Overlap, for_thread, made_for_thread
+from mpidl.placement import Placement
 from mpidl.update import Update
 from mpidl.world import World, current
 
@@ -66,13 +68,15 @@ class DataParallel:
             No bucket is updated before all are averaged. See `step`.
         accumulate: this many calls of `step` make one update. See `step` and `flush`.
         overlap: average each bucket while backward goes on to make the others, in a thread; the
-            results are the same. Two steps are watched first: in each, every parameter's gradient
+            results are the same. Some steps are watched first: in each, every parameter's gradient
             must come in one backward, for the rows counted. "auto": where there are several nodes.
-            Not with `accumulate`, `check_finite` or on a GPU, nor where MPI's threads are limited
-            (MPI_THREAD_MULTIPLE). True: also on one node, and warns where it cannot be.
+            Gradients are then nobody else's from backward to `step`: change none of them, and read
+            none. Not with `accumulate`, `check_finite`, a strategy given as an instance or on a
+            GPU, nor where MPI's threads are limited (MPI_THREAD_MULTIPLE). True: also on one node,
+            and warns where it cannot be.
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
-            `overlap` as many at once as let the last be averaged the soonest, found out in steps
-            3 to 5.
+            `overlap` as many at once as let the last be averaged the soonest, found out in the
+            steps that follow.
     """
 
     def __init__(
@@ -101,14 +105,7 @@ class DataParallel:
         check_parameters(model, self.world)
         with self.world.together():
             clip = Clip(clip_value, clip_norm)
-            if accumulate != int(accumulate) or accumulate < 1:
-                raise InvalidArgument(f"accumulate={accumulate}: expected a whole number from 1 on")
-            if local_steps != int(local_steps) or local_steps < 1:
-                raise InvalidArgument(f"{local_steps=}: expected a whole number from 1 on")
-            if overlap not in ("auto", True, False):
-                raise InvalidArgument(f"{overlap=}: expected 'auto', True or False")
-            if bucket_bytes != "auto" and not (isinstance(bucket_bytes, int) and bucket_bytes > 0):
-                raise InvalidArgument(f"{bucket_bytes=}: expected 'auto' or a number of bytes")
+            check_options(accumulate, local_steps, overlap, bucket_bytes)
             self._asynchronous = getattr(strategy, "asynchronous", False)
             optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         for option in (
@@ -127,6 +124,7 @@ class DataParallel:
             ("check_finite", check_finite),
             ("local_steps", local_steps > 1),
             ("an asynchronous strategy", self._asynchronous),
+            ("a strategy that was made for this thread", not made_for_thread(strategy)),
             ("a model on the GPU", on_device),
         )
         self.choice = strategies.make(
@@ -185,7 +183,8 @@ class DataParallel:
         With `accumulate` = k only every k-th call communicates and updates, with the exact mean
         over the samples of all k calls and all ranks. `flush` ends a shorter group.
 
-        Raises on every rank, before anything is updated: MissingBackward where a rank has samples
+        Raises on every rank (with `local_steps`, of the group that steps together), before anything
+        is updated: MissingBackward where a rank has samples
         and no gradient, NonFiniteGradient if asked to look, or if `clip_norm` finds a norm that is
         not finite, InvalidArgument for samples that could not be counted, and for a parameter that
         was frozen, or whose memory was replaced. With `accumulate` this is at the k-th call, whose
@@ -216,6 +215,10 @@ class DataParallel:
 
     def _apply(self, weight: float, problem: MpidlError | None) -> None:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
+        with nullcontext() if self._local is None else self._local.counted(self.buckets):
+            self._average_and_update(weight, problem)
+
+    def _average_and_update(self, weight: float, problem: MpidlError | None) -> None:
         averaged = False
         if self._overlap is not None:
             averaged, irregular = self._overlap.finish(weight)
@@ -237,8 +240,6 @@ class DataParallel:
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1
-        if self._local is not None and self.steps % self._local.every == 0:
-            self._local.average(self.buckets)
 
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks: their mean, after `local_steps`. Collective.
@@ -246,14 +247,13 @@ class DataParallel:
         They are already, without that option. For the end of an epoch, say.
         """
         self.update.synchronize()
-        if self._local is not None and self.steps % self._local.every:
+        if self._local is not None and self._local.due:
             self._local.average(self.buckets)
 
     def zero_grad(self) -> None:
         """Forget the gradients, and the samples counted, since the last step. Not collective.
 
-        For a pass through this model that was not for its own loss. What `step` has gathered with
-        `accumulate`, problems included, stays.
+        For a pass that was not for this model's loss. What `accumulate` has gathered stays.
         """
         if self._overlap is not None:
             self._overlap.forget()
@@ -268,7 +268,7 @@ class DataParallel:
         """Make each buffer of floats, such as a running mean, its mean over ranks. Collective.
 
         For models whose layers keep statistics of each rank's own samples: before evaluation, say.
-        Buffers that are equal on all ranks keep their bits.
+        Buffers of float32 that are equal on all ranks keep their bits.
         """
         buffers = [b for b in self.model.buffers() if b.dtype.kind == "f"]
         if not buffers or self.world.size == 1:

@@ -45,10 +45,17 @@ class Reducer(threading.Thread):
         self._world, self._strategy = world, strategy
         self._buckets, self._groups = buckets, groups
         self._ready = [threading.Event() for _ in buckets]
+        self._abandoned = False
 
     def ready(self, bucket: int) -> None:
         """Tell that this rank's gradient in bucket number `bucket` is complete. Not collective."""
         self._ready[bucket].set()
+
+    def abandon(self) -> None:
+        """Average no further group. For a step that is never to be made. Not collective."""
+        self._abandoned = True
+        for event in self._ready:
+            event.set()
 
     def finish(self) -> None:
         """Declare all buckets ready, wait for the end, and raise what went wrong. Collective."""
@@ -77,6 +84,8 @@ class Reducer(threading.Thread):
         for group in self._groups:
             for i in group:
                 self._ready[i].wait()
+            if self._abandoned:
+                return
             start = time.perf_counter()
             if not self.samples:  # what the gradients hold may be NaN
                 for i in group:

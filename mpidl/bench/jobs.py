@@ -37,6 +37,7 @@ def run(
     result = subprocess.run(
         [*launcher.options(library, ranks, hosts, environment), *program],
         env=environment,
+        stdin=subprocess.DEVNULL,  # a launcher would read what is the caller's
         capture_output=True,
         text=True,
         check=False,

@@ -29,6 +29,7 @@ def run(
     *,
     hosts: Mapping[str, int] | None = None,
     codecs: Sequence[str] = (),
+    samples: int | None = None,
 ) -> dict[str, Any]:
     """Return {"machine", "rows": one for each model and method, "memory", "absent"}.
 
@@ -38,6 +39,7 @@ def run(
     check_names("method", methods or [], METHODS)
     module = "mpidl.bench.step_ranks"
     options: dict[str, Any] = {"turns": turns, "methods": methods, "codecs": codecs}
+    options["samples"] = samples
     report = jobs.run(module, ranks, hosts, models=models, **options)
     asked = MEMORY_METHODS if MEMORY_MODEL in models else ()
     report["memory"] = [

@@ -13,6 +13,7 @@ import numpy as np
 from mpidl.bench import coded, jobs, machine, replicas, rivals, step_breakdown, timing
 from mpidl.bench.engine_models import ROWS
 from mpidl.errors import MpidlError
+from mpidl.overlap import MEASURED, TRIED, WATCHED
 from mpidl.strategies import STRATEGIES
 from mpidl.world import World
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from mpidl.bench.replicas import Replica
 
 BLOCKING = "hierarchical_blocking"
-WARM_UP_OF_OVERLAP = 5  # turns: until then `DataParallel` finds out what to average at once
+WARM_UP_OF_OVERLAP = (
+    WATCHED + MEASURED + TRIED
+)  # turns: until then `DataParallel` finds out what to average at once
 EPS = float(np.finfo(np.float32).eps)
 
 

@@ -100,9 +100,12 @@ def step(
     methods: Annotated[
         str, typer.Option(help=f"Only these, of {', '.join(step_bench.METHODS)}.")
     ] = "",
-    codec: Annotated[
-        str, typer.Option(help="Also hierarchical with this one, between nodes: bf16.")
+    codecs: Annotated[
+        str, typer.Option(help="Also hierarchical with these, between nodes: bf16,powersgd.")
     ] = "",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="The batch of all ranks. Default: the models' own.")
+    ] = None,
     as_json: AsJson = False,
     turns: Turns = step_bench.TURNS,
 ) -> None:
@@ -112,7 +115,7 @@ def step(
     the time goes; and the memory that training the largest model takes on all ranks together.
     """
     names = [name for name in methods.split(",") if name] or None
-    options = {"codecs": _or_exit(partial(coded.parse, codec))}
+    options = {"codecs": _or_exit(partial(coded.parse, codecs)), "samples": samples}
     count, options["hosts"] = _or_exit(partial(_places, ranks, hosts))
     report = _or_exit(partial(step_bench.run, count, models.split(","), turns, names, **options))
     _tell(report, step_bench.show, as_json)

@@ -45,7 +45,7 @@ class Library:
 def query() -> Library:
     """Return the library that mpi4py loads in this environment. Raises MPINotFound."""
     asked = [_ask(question) for question in ("--mpi-lib-version", "--mpi-library")]
-    version, path = map(_answer, asked)
+    version, path = map(_answer, asked, [child.communicate() for child in asked])
     vendor = mpi.vendor(version)
     return Library(vendor, mpi.short_version(version), path, _launcher(vendor, path))
 
@@ -61,8 +61,8 @@ def _ask(question: str) -> subprocess.Popen[str]:
     )
 
 
-def _answer(child: subprocess.Popen[str]) -> str:
-    output, errors = child.communicate()
+def _answer(child: subprocess.Popen[str], said: tuple[str, str]) -> str:
+    output, errors = said
     if child.returncode:
         reason = "; ".join(errors.strip().splitlines()[-2:])
         raise MPINotFound(f"no MPI library found ({reason}). {mpi.HOW_TO_GET_MPI}")

@@ -22,7 +22,9 @@ LATENCY, MEMORY_RATE = "2us", "100GB"
 
 def plan(
     params: Annotated[str, typer.Option(help="Parameters of the model: 1.5e9.")],
-    step_ms: Annotated[str, typer.Option(help="Forward and backward of one rank, alone, in ms.")],
+    step_ms: Annotated[
+        str, typer.Option(help="Forward, backward and update of one rank, alone, in ms.")
+    ],
     ranks: Annotated[str, typer.Option(help="Numbers of ranks: 8,64,512.")],
     ranks_per_node: Annotated[
         str, typer.Option(help="Ranks on a node, which share its wire and memory.")
@@ -30,14 +32,24 @@ def plan(
     rate: Annotated[
         str, typer.Option(help="Of the wire of a node: 100gbit. Needed, unless hosts are measured.")
     ] = "",
-    latency: Annotated[str, typer.Option(help="Of a message between nodes.")] = LATENCY,
+    latency: Annotated[
+        str, typer.Option(help=f"Of a message between nodes. Default: measured, or {LATENCY}.")
+    ] = "",
     memory_rate: Annotated[
-        str, typer.Option(help="Bytes a second that all ranks of a node read and write.")
-    ] = MEMORY_RATE,
+        str,
+        typer.Option(
+            help="Bytes a second that all ranks of a node read and write. Default: measured, or "
+            f"{MEMORY_RATE}."
+        ),
+    ] = "",
     dtype: Annotated[str, typer.Option(help="Of the gradient: float32 or float64.")] = "float32",
     algorithms: Annotated[
-        str, typer.Option(help=f"Of MPI's collectives: {' or '.join(ALGORITHMS)}.")
-    ] = ALGORITHMS[0],
+        str,
+        typer.Option(
+            help=f"Of MPI's collectives: {' or '.join(ALGORITHMS)}. Default: this MPI's, if "
+            f"measured, or {ALGORITHMS[0]}."
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw efficiency: .png, .svg or .pdf.")
@@ -69,19 +81,21 @@ def plan(
         speed = units.rate(rate, "rate") if rate else None
         if hosts and not measured:
             raise InvalidArgument("hosts: expected --measure with it")
-        alpha = units.seconds(latency, "latency")
+        alpha = units.seconds(latency, "latency") if latency else None
+        memory = units.rate(memory_rate, "memory-rate") if memory_rate else None
         if measured:
             places = launcher.parse_hosts(hosts) if hosts else None
             number = sum(places.values()) if places else max(2, min(per_node, launcher.cores()))
             if speed is None and len(places or ()) < 2:
                 raise InvalidArgument("rate: needed too, unless two or more hosts are measured")
             found = jobs.run("mpidl.cli.plan_ranks", number, places)
-            constants = measure.constants(found, speed, alpha)
+            constants = measure.constants(found, per_node, speed, alpha, memory, algorithms or None)
         elif speed is None:
             raise InvalidArgument("rate: expected that of a node's wire, such as --rate 100gbit")
         else:
-            memory = units.rate(memory_rate, "memory-rate")
-            constants = Constants(Link(alpha, PAYLOAD * speed), memory, algorithms=algorithms)
+            wire = Link(measure.LATENCY if alpha is None else alpha, PAYLOAD * speed)
+            node = memory or units.rate(MEMORY_RATE, "memory-rate")
+            constants = Constants(wire, node, algorithms=algorithms or ALGORITHMS[0])
         itemsize = np.dtype(dtype).itemsize
         return report.run(numbers, compute, wanted, per_node, itemsize, constants)
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+import copy
+from dataclasses import is_dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from mpidl.codecs.base import Codec
 from mpidl.codecs.half import Bf16, Fp16
@@ -18,6 +20,7 @@ from mpidl.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+T = TypeVar("T")
 AnyCodec: TypeAlias = "Codec | PowerSGD"
 #: What users may pass: a name in CODECS, a codec, or None for none.
 Spec: TypeAlias = "str | AnyCodec | None"
@@ -42,19 +45,28 @@ __all__ = [
     "SignSGD",
     "Spec",
     "TopK",
+    "fresh",
     "make",
 ]
 
 
 def make(codec: Spec) -> AnyCodec | None:
-    """Return the codec of this name, with its usual options; an instance, or None, as it is.
+    """Return a codec of this name, with its usual options, or a copy of an instance; None of None.
 
-    Raises InvalidArgument for an unknown name, and for a class.
+    A copy, for two threads must not share what a codec works in. Raises InvalidArgument for an
+    unknown name, and for a class.
     """
     if isinstance(codec, type):
         raise InvalidArgument(f"codec: expected a name or {codec.__name__}(...)")
     if not isinstance(codec, str):
-        return codec
+        return fresh(codec)
     if codec not in CODECS:
         raise InvalidArgument(f"unknown codec {codec!r}; known are: {', '.join(sorted(CODECS))}")
     return CODECS[codec]()
+
+
+def fresh(codec: T) -> T:
+    """Return a codec with the same options, and none of its memory."""
+    if is_dataclass(codec) and not isinstance(codec, type):
+        return replace(codec)
+    return copy.copy(codec)

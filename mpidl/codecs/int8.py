@@ -46,8 +46,9 @@ class Int8:
     _stream: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.seed < 0:
-            raise InvalidArgument(f"{self}: expected block >= 1 and seed >= 0")
+        whole = isinstance(self.block, int) and isinstance(self.seed, int)
+        if not whole or self.block < 1 or self.seed < 0:
+            raise InvalidArgument(f"{self}: expected whole numbers, block >= 1 and seed >= 0")
 
     def nbytes(self, size: int) -> int:
         """Return how many bytes (size,) numbers take: 1 each, and 4 a block."""

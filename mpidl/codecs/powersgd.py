@@ -20,5 +20,5 @@ class PowerSGD:
     rank: int = 4
 
     def __post_init__(self) -> None:
-        if self.rank != int(self.rank) or self.rank < 1:
+        if not isinstance(self.rank, int) or self.rank < 1:
             raise InvalidArgument(f"PowerSGD(rank={self.rank}): expected a whole number from 1 on")

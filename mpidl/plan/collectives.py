@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Estimate: TypeAlias = tuple[float, float]  # seconds, and bytes on a node's wire
 SEGMENT_BYTES = 1 << 16  # of "han"
+PAIRWISE_BYTES = 1 << 19  # of the whole array, from which on MPICH exchanges pairwise
 SMALL_BYTES = 8192  # below, "tuned" doubles recursively
 
 
@@ -88,7 +89,14 @@ def bcast(n: float, topology: Topology, constants: Constants) -> Estimate:
 
 
 def reduce_scatter(n: float, topology: Topology, constants: Constants) -> Estimate:
-    """Return what MPI_Reduce_scatter of n bytes takes: a ring, PIECE_BYTES of each part a call."""
+    """Return what MPI_Reduce_scatter of n bytes takes, PIECE_BYTES of each part a call.
+
+    The textbook exchanges long arrays pairwise; else it is a ring.
+    """
+    p, calls = topology.ranks, max(1, math.ceil(n / topology.ranks / PIECE_BYTES))
+    if constants.algorithms == "textbook" and n / calls >= PAIRWISE_BYTES and topology.nodes > 1:
+        one = formulas.pairwise(n / calls, p, topology.local).times(calls)
+        return one.seconds(constants.wire, constants.add_seconds), one.wire
     return _around(n, topology, constants, lambda m, p: formulas.ring_pass(m, p, add=True))
 
 

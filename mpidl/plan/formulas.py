@@ -72,17 +72,18 @@ class Cost:
         )
 
 
-NOTHING = Cost(0, 0)
-
-
 def rounds(p: int) -> int:
     """ceil(log2 p): how often a group of p halves."""
     return (p - 1).bit_length()
 
 
 def recursive_doubling(n: float, p: int) -> Cost:
-    """ceil(log2 p) (alpha + n beta + n gamma): an allreduce of small arrays (section 4.5)."""
-    k = rounds(p)
+    """log2 p (alpha + n beta + n gamma): an allreduce of small arrays (section 4.5).
+
+    Two rounds more where p is no power of two: ranks that are too many give theirs away first.
+    """
+    q = 1 << (p.bit_length() - 1)
+    k = rounds(q) + 2 * (p > q)
     return Cost(k, k * n, k * n, ((k, n),), k * n)
 
 
@@ -154,6 +155,17 @@ def ring_pass(n: float, p: int, *, add: bool) -> Cost:
     moved = (p - 1) / p * n
     exchanged = ((1.0, n / 2),) if p == 2 else ()
     return Cost(p - 1, moved, moved if add else 0, exchanged, moved)
+
+
+def pairwise(n: float, p: int, local: int) -> Cost:
+    """(p-1) alpha + (p-1)/p n beta + (p-1)/p n gamma: a reduce-scatter of much (section 4.3).
+
+    Every rank sends to every other one: of `local` ranks on a node, local (p - local)/p n in all
+    leaves it.
+    """
+    moved = (p - 1) / p * n
+    between = local * (p - local) / p * n
+    return Cost(p - 1, between if between else moved, moved, (), between)
 
 
 def neighbor_exchange(n: float, p: int) -> Cost:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpidl import codecs, mpi
+from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.exchange import PIECE_BYTES
 from mpidl.plan.formulas import Link
 from mpidl.plan.topology import CODEC_SECONDS, PAYLOAD, Constants
@@ -33,14 +35,18 @@ MEMORY_BYTES = 32 << 20  # of an operand: no cache holds three
 CACHED_BYTES = 1 << 16
 LOOPS = 20
 TAG = 11
+LATENCY = 2e-6  # of a wire that is not measured
 
 
 def measure(world: World, turns: int = TURNS) -> dict[str, Any]:
     """Return what `constants` takes. Collective; the same on every rank.
 
     Between nodes: the first ranks of the first two, while all others sleep. On a node: all ranks at
-    once. Each number is a median over `turns`, on the slowest rank.
+    once. Each number is a median over `turns`, on the slowest rank. Raises InvalidArgument on every
+    rank where nodes have different numbers of ranks.
     """
+    if len(set(map(len, world.members))) > 1:
+        raise InvalidArgument("hosts: expected the same number of ranks on each")
     found: dict[str, Any] = {"ranks": world.size, "nodes": world.nodes}
     vendor = mpi.vendor(world.MPI.Get_library_version())
     found["algorithms"] = "openmpi" if vendor == "openmpi" else "textbook"
@@ -57,17 +63,35 @@ def measure(world: World, turns: int = TURNS) -> dict[str, Any]:
     return found
 
 
-def constants(found: dict[str, Any], rate: float | None, latency: float) -> Constants:
-    """Return the constants of a report; of one node, the wire is as told, in bytes a second."""
+def constants(
+    found: dict[str, Any],
+    ranks_per_node: int,
+    rate: float | None = None,
+    latency: float | None = None,
+    memory_rate: float | None = None,
+    algorithms: str | None = None,
+) -> Constants:
+    """Return the constants of a report; what is given takes the place of what was measured.
+
+    `rate` is that of a node's wire, in bytes a second. Where more ranks are planned for a node than
+    were measured, they share what those had. Raises InvalidArgument where no wire is known.
+    """
     local, wire = (found[name] and Link(**found[name]) for name in ("local", "wire"))
-    if wire is None:
-        assert rate is not None
-        wire = Link(latency, rate * PAYLOAD)
+    if wire is None and rate is None:
+        raise InvalidArgument("rate: needed too: these ranks are all on one node")
+    wire = wire or Link(LATENCY, 1.0)
+    if rate is not None:
+        wire = replace(wire, rate=rate * PAYLOAD)
+    if latency is not None:
+        wire = replace(wire, latency=latency)
+    if local is not None:
+        measured = found["ranks"] // found["nodes"]
+        local = replace(local, rate=local.rate * min(1, measured / ranks_per_node))
     return Constants(
         wire,
-        found["memory_rate"],
+        memory_rate or found["memory_rate"],
         found["add_seconds"],
-        found["algorithms"],
+        algorithms or found["algorithms"],
         local,
         {name: (encode, decode) for name, (encode, decode) in found["codecs"].items()},
     )
@@ -82,6 +106,14 @@ def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     columns = np.stack([weights, np.asarray(x, np.float64) * weights], axis=1)
     (a, b), *_ = np.linalg.lstsq(columns, np.ones(len(weights)), rcond=None)
     return float(a), float(b)
+
+
+def rate_of(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Return bytes a second from the slope of the line. Raises MpidlError where there is none."""
+    _, beta = line(sizes, seconds)
+    if beta <= 0:
+        raise MpidlError("longer messages took no longer: this machine is too busy to measure")
+    return 1 / beta
 
 
 def stalls(sizes: Sequence[float], seconds: Sequence[float], rate: float) -> tuple[float, float]:
@@ -136,12 +168,12 @@ def _between(world: World, pair: tuple[int, int], turns: int) -> dict[str, float
         size *= 2
     sizes = [int(size * part) for part in PARTS]
     times = [_median(turns, partial(one_way, n)) for n in sizes]
-    _, beta = line(sizes, [agreed(t) for t in times])
+    rate = rate_of(sizes, [agreed(t) for t in times])
     short = [_median(10 * turns, partial(one_way, n)) for n in SHORT]
     answered, _ = line(SHORT, [agreed(t) for t in short])
     handed: list[float] = []
     whole = agreed(_median(turns, partial(one_way, CHUNK_BYTES, handed)))
-    held = max(0.0, (whole - agreed(float(np.median(handed or [0])))) / beta)
+    held = max(0.0, (whole - agreed(float(np.median(handed or [0])))) * rate)
 
     def both_ways(nbytes: int) -> float:
         out, back = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
@@ -152,8 +184,8 @@ def _between(world: World, pair: tuple[int, int], turns: int) -> dict[str, float
         return (time.perf_counter() - start) / BACK_TO_BACK
 
     both = [agreed(_median(turns, partial(both_ways, n))) for n in BOTH_WAYS]
-    stall, eager = stalls(BOTH_WAYS, both, 1 / beta)
-    link = {"latency": answered / 2, "rate": 1 / beta}
+    stall, eager = stalls(BOTH_WAYS, both, rate)
+    link = {"latency": max(0.0, answered / 2), "rate": rate}
     return link | {"stall": stall, "eager": eager, "held": min(held, CHUNK_BYTES)}
 
 
@@ -174,8 +206,7 @@ def _local(world: World, turns: int) -> dict[str, float]:
         return [_slowest(world, _median(turns, partial(around, n))) for n in sizes]
 
     latency, _ = line(SHORT, slowest(SHORT))
-    _, beta = line(BOTH_WAYS, slowest(BOTH_WAYS))
-    return {"latency": latency, "rate": 1 / beta}
+    return {"latency": max(0.0, latency), "rate": rate_of(BOTH_WAYS, slowest(BOTH_WAYS))}
 
 
 def _add(world: World, nbytes: int, turns: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpidl import codecs
@@ -12,6 +12,7 @@ from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import PIECE_BYTES
 from mpidl.overlap import GROUP_BYTES
+from mpidl.parallel import BUCKET_BYTES
 from mpidl.plan import collectives, formulas
 from mpidl.strategies import TAKE_CODECS, Ring
 
@@ -95,7 +96,7 @@ def sharded(job: Job, topology: Topology, constants: Constants) -> Times:
 def ring(job: Job, topology: Topology, constants: Constants) -> Times:
     """The longer of 2 (P-1)/P n beta on the wire and on the node, where the ring crosses both.
 
-    And 2 n / M to weight; with a codec, each rank encodes n and decodes 2 (P-1)/P n.
+    And 2 n / M to weight; with a codec, each rank encodes n and decodes (2 P - 1)/P n.
     """
     p, n, ratio = topology.ranks, job.nbytes, job.encoded()
     cost = formulas.ring(n * ratio, p, RING_CHUNK_BYTES * ratio)
@@ -104,7 +105,7 @@ def ring(job: Job, topology: Topology, constants: Constants) -> Times:
     if topology.nodes > 1:
         between = cost.seconds(constants.wire, constants.add_seconds)
         seconds, wire = (between if topology.local == 1 else max(seconds, between)), cost.wire
-    coded = job.codec_seconds(constants, n, 2 * (p - 1) / p * n)
+    coded = job.codec_seconds(constants, n, (2 * p - 1) / p * n)
     return Times(_passes(2, job, topology, constants) + seconds + coded, 0.0, wire)
 
 
@@ -113,7 +114,8 @@ def hierarchical(job: Job, topology: Topology, constants: Constants) -> Times:
 
     Its work, of n / L: the node's sum, which reads all L gradients, L n / M for all together; the
     mean of N nodes, written to memory; messages; and a codec, which encodes n / L, and decodes
-    (2 (N-1) + 1) / N of it, or once more with feedback.
+    (2 (N-1) + 1) / N of it, or once more with feedback. PowerSGD makes P Q^T twice instead, and
+    cannot go on while P, and then Q, is on its way: its work and the wire's add up.
     """
     n, nodes, local = job.nbytes, topology.nodes, topology.local
     share = n / local
@@ -121,13 +123,18 @@ def hierarchical(job: Job, topology: Topology, constants: Constants) -> Times:
     work = _passes(1, job, topology, constants)
     if nodes == 1:
         return Times(work + waiting, waiting, 0.0)
-    messages = formulas.in_blocks(share, nodes, PIECE_BYTES)
-    cost = formulas.two_hops(n * job.encoded(), nodes, messages)
+    low_rank = isinstance(codecs.make(job.codec), PowerSGD)
+    ratio = job.encoded()
+    messages = formulas.in_blocks(share * ratio if low_rank else share, nodes, PIECE_BYTES)
+    cost = formulas.two_hops(n * ratio, nodes, messages)
     wire = cost.seconds(constants.wire, constants.add_seconds)
     work += n / constants.memory_rate + (nodes - 1) / nodes * share * constants.add_seconds
     work += messages * MESSAGE_SECONDS
-    decoded = (2 * nodes - 1) / nodes + _feeds_back(job.codec)
+    decoded = 2.0 if low_rank else (2 * nodes - 1) / nodes + _feeds_back(job.codec)
     work += job.codec_seconds(constants, share, decoded * share)
+    if low_rank:
+        rounds_more = 2 * constants.wire.latency  # a second exchange
+        return Times(wire + rounds_more + work + waiting, waiting, cost.wire)
     return Times(max(wire, work) + waiting, waiting, cost.wire)
 
 
@@ -141,7 +148,10 @@ MODELS: dict[str, Model] = {
 
 
 def times(strategy: str, job: Job, topology: Topology, constants: Constants) -> Times:
-    """Return what averaging `job` takes. Raises InvalidArgument for what `accepts` refuses."""
+    """Return what averaging `job` takes, bucket by bucket, one after the other.
+
+    Raises InvalidArgument for what `accepts` refuses.
+    """
     if strategy not in MODELS:
         raise InvalidArgument(f"strategy {strategy!r}: expected one of {', '.join(MODELS)}")
     if not accepts(strategy, job.codec):
@@ -151,7 +161,9 @@ def times(strategy: str, job: Job, topology: Topology, constants: Constants) -> 
         )
     if topology.ranks == 1:
         return Times(0.0, 0.0, 0.0)
-    return MODELS[strategy](job, topology, constants)
+    buckets = max(1, math.ceil(job.nbytes / BUCKET_BYTES))
+    one = MODELS[strategy](replace(job, nbytes=job.nbytes / buckets), topology, constants)
+    return Times(buckets * one.reduce, buckets * one.share, buckets * one.wire)
 
 
 def accepts(strategy: str, codec: str | None) -> bool:
@@ -177,8 +189,8 @@ def predict(
 ) -> float:
     """Return the seconds in which `strategy` averages a gradient of `nbytes` over all ranks.
 
-    From `reduce` to the end of `share`, in one call each. Not collective. Raises InvalidArgument
-    for a strategy that is not in MODELS, and for a codec that it does not take.
+    From `reduce` to the end of `share`, in a call for each bucket. Not collective. Raises
+    InvalidArgument for a strategy that is not in MODELS, and for a codec that it does not take.
     """
     found = times(strategy, Job(nbytes, itemsize, codec), topology, constants)
     return found.reduce + found.share

@@ -8,7 +8,7 @@ from mpidl.errors import InvalidArgument
 from mpidl.plan.formulas import Link
 
 ALGORITHMS = ("textbook", "openmpi")  # of MPI's collectives
-#: TCP's share of a full frame on Ethernet: 1448 of 1514 bytes.
+#: TCP's share of a full frame on Ethernet: 1448 of 1514 bytes; preamble and gap not counted.
 PAYLOAD = 1448 / 1514
 LOCAL_LATENCY = 1e-6
 COPIES = 4  # bytes of memory moved for each sent on a node: copied in and copied out
@@ -18,7 +18,7 @@ CODEC_SECONDS = {
     "bf16": (0.8e-9, 0.2e-9),
     "fp16": (1.2e-9, 0.9e-9),
     "int8": (1.6e-9, 0.4e-9),
-    "powersgd": (1.0e-9, 0.5e-9),  # of a matrix: two thin products, and a third one
+    "powersgd": (1.0e-9, 0.5e-9),  # of a matrix: two thin products; P Q^T, made twice
     "signsgd": (0.8e-9, 0.2e-9),
     "topk": (1.1e-9, 0.2e-9),
 }
@@ -70,8 +70,9 @@ class Constants:
     codecs: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(CODEC_SECONDS))
 
     def __post_init__(self) -> None:
-        if not (self.wire.rate > 0 and self.memory_rate > 0 and self.wire.latency >= 0):
-            raise InvalidArgument(f"{self}: expected rates above 0, and a latency of 0 or more")
+        rates = self.wire.rate, self.memory_rate, self.local.rate if self.local else 1
+        if not (min(rates) > 0 and min(self.wire.latency, self.add_seconds) >= 0):
+            raise InvalidArgument(f"{self}: expected rates above 0, and times of 0 or more")
         if self.algorithms not in ALGORITHMS:
             known = ", ".join(ALGORITHMS)
             raise InvalidArgument(f"algorithms {self.algorithms!r}: expected one of {known}")

@@ -10,7 +10,7 @@ from mpidl.errors import InvalidArgument
 NUMBER = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 BITS = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8}
-BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}  # "Gb" may mean bits
 
 
 def number(text: str, what: str) -> float:
@@ -26,7 +26,10 @@ def seconds(text: str, what: str) -> float:
 def rate(text: str, what: str) -> float:
     """Return the bytes a second that "100gbit" or "12.5GB" (each also with "/s") means."""
     cut = text.strip().removesuffix("/s")
-    return _read(cut, what, BITS | BYTES, "bits or bytes a second, such as 100gbit or 12GB")
+    expected = "bits or bytes a second, such as 100gbit or 12GB"
+    if cut.lower().endswith("b") and not cut.endswith("B"):
+        raise InvalidArgument(f"{what} {text!r}: expected {expected}; b may mean either")
+    return _read(cut, what, BITS | BYTES, expected)
 
 
 def count(text: str, what: str) -> int:
@@ -46,11 +49,12 @@ def _read(
     text: str, what: str, units: dict[str, float], expected: str, *, zero: bool = False
 ) -> float:
     """Return the number in its unit. Raises InvalidArgument, which tells what was `expected`."""
-    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in units:
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
+    unit = found and next((u for u in (found[2], found[2].lower()) if u in units), None)
+    if found is None or unit is None:
         known = ", ".join(filter(None, units))
         raise InvalidArgument(f"{what} {text!r}: expected {expected} (units: {known})")
-    value = float(found[1]) * units[found[2]]
+    value = float(found[1]) * units[unit]
     if not math.isfinite(value) or (value == 0 and not zero):
         raise InvalidArgument(f"{what} {text!r}: expected {expected}, above 0")
     return value

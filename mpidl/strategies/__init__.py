@@ -7,9 +7,10 @@ name.
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs, shared
 from mpidl.errors import InvalidArgument, NoSharedMemory, UnknownStrategy
@@ -98,7 +99,9 @@ def make(
                 f"{', '.join(TAKE_CODECS)}, which move the bytes themselves, or an instance made "
                 "with its own codec"
             )
-    world.same(str(coded), "codec")
+        if coded is not None and on_device:
+            raise InvalidArgument(f"codec {coded}: it works in host memory; the model is on a GPU")
+    world.same(_plain(coded), "codec")
     world.same(strategy if isinstance(strategy, str) else _describe(strategy), "strategy")
     if not isinstance(strategy, str):
         return Choice(strategy, type(strategy).__name__, "as given")
@@ -130,6 +133,13 @@ def _describe(strategy: Strategy) -> str:
     kept = getattr(strategy, "__dict__", {})
     options = [name for name in inspect.signature(type(strategy)).parameters if name in kept]
     plain = [
-        f"{name}={kept[name]}" for name in options if isinstance(kept[name], (int, float, str))
+        f"{name}={_plain(kept[name])}"
+        for name in options
+        if isinstance(kept[name], (int, float, str)) or name == "codec"
     ]
     return f"{type(strategy).__name__}({', '.join(plain)})"
+
+
+def _plain(value: Any) -> str:
+    """Return it as text, without an address, which differs from rank to rank."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

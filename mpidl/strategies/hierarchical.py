@@ -16,7 +16,7 @@ from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import Exchange, Lane, Source
 from mpidl.lowrank import LowRank
-from mpidl.strategies.base import in_turn
+from mpidl.strategies.base import private
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,18 +80,22 @@ class Hierarchical:
                 'use "allreduce", or "auto"'
             )
         ranks = self.world.local_size
-        stride = (size * np.dtype(dtype).itemsize // PAGE + 1) * PAGE
-        memory = shared.allocate(self.world, stride * (1 + ranks))
-        param, grad, *grads = (
-            np.ndarray(size, dtype, memory, stride * place)
-            for place in (0, 1 + self.world.local_rank, *range(1, 1 + ranks))
-        )
+        if self.world.nodes == self.world.size:  # nobody to share with
+            param, grad = private(size, dtype, xp)
+            grads = [grad[:]]  # no reference to itself
+        else:
+            stride = (size * np.dtype(dtype).itemsize // PAGE + 1) * PAGE
+            memory = shared.allocate(self.world, stride * (1 + ranks))
+            param, grad, *grads = (
+                np.ndarray(size, dtype, memory, stride * place)
+                for place in (0, 1 + self.world.local_rank, *range(1, 1 + ranks))
+            )
         if grad.dtype not in self._scratch:
             self._scratch[grad.dtype] = np.empty((2, UPDATE_BLOCK_BYTES // grad.itemsize), dtype)
-        owned, lanes = self.owned(size), []
+        owned, lanes, state = self.owned(size), [], {}
         if self.world.nodes > 1:
             lanes = list(exchange.lanes(size, self.world, _part))
-        state = self.exchange.state(owned, lanes, grad.dtype, layout) if lanes else {}
+            state = self.exchange.state(owned, lanes, grad.dtype, layout)
         self._known[id(grad)] = _Known(owned, grads, lanes, state, layout)
         weakref.finalize(grad, self._known.pop, id(grad)).atexit = False
         return param, grad
@@ -112,30 +116,32 @@ class Hierarchical:
 
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Add up the owned slice of all ranks' weighted gradients (n,). Collective."""
-        if self.world.nodes == 1:
-            return self._sums(self._find(grad), grad.dtype, weight)
         return ((part, mean) for _, part, mean in self.stream([grad], weight))
 
     def stream(self, grads: Sequence[Array], weight: float) -> Stream:
         """Reduce several, with messages of all of them on their way at once. Collective."""
-        if self.world.nodes == 1:
-            return in_turn(self, grads, weight)
+        # All are ready: so once for all, and not later, when peers may wait for our messages.
+        self._weights[self.world.local_rank] = weight
+        self.world.gather_on_node(self._weights)
+        weights: list[float] = self._weights.tolist()
         sources = []
         for grad in grads:
             known = self._find(grad)
-            sums = self._sums(known, grad.dtype, weight)
+            sums = self._sums(known, grad.dtype, weights)
             sources.append(Source(grad, known.owned, sums, known.lanes, known.state, known.layout))
-        return self.exchange.average(sources)
+        if self.world.nodes > 1:
+            yield from self.exchange.average(sources)
+            return
+        for number, source in enumerate(sources):
+            for part, mean in source.sums:
+                yield number, part, mean
 
-    def _sums(self, known: _Known, dtype: Any, weight: float) -> Averages:
+    def _sums(self, known: _Known, dtype: Any, weights: list[float]) -> Averages:
         """Add up the owned slice of the weighted gradients on this node.
 
         Equal weights, the usual case, are applied to the sum: one pass less.
         """
         owned, peers = known.owned, known.grads
-        self._weights[self.world.local_rank] = weight
-        self.world.gather_on_node(self._weights)
-        weights: list[float] = self._weights.tolist()
         even, scratch = min(weights) == max(weights), self._scratch[dtype]
         for block in blocks(peers[0][owned], UPDATE_BLOCK_BYTES):
             part = slice(owned.start + block.start, owned.start + block.stop)

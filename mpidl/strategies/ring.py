@@ -53,7 +53,9 @@ class Ring:
         self.codec = coded
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
-        """Return zeroed private arrays (size,)."""
+        """Return zeroed private arrays (size,). Raises InvalidArgument for a codec on a GPU."""
+        if self.codec is not None and xp is not np:
+            raise InvalidArgument(f"ring: codec {self.codec} works in host memory; not on a GPU")
         return private(size, dtype, xp)
 
     def owned(self, size: int) -> slice:

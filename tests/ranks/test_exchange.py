@@ -12,7 +12,8 @@ import pytest
 import mpidl
 from mpidl import exchange, nn, optim
 from mpidl.codecs import CODECS, PowerSGD, TopK
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, RankMismatch
+from mpidl.exchange import Exchange
 from mpidl.strategies import Hierarchical, Ring, make
 from tests.ranks.conftest import PLACEMENTS, as_nodes, fewer_runs
 
@@ -220,6 +221,51 @@ def test_several_gradients_at_once(nodes: mpidl.World, own: Any) -> None:
         np.testing.assert_allclose(param, expected, rtol=0, atol=1e-5)
 
 
+def test_many_blocks_of_several_gradients(
+    nodes: mpidl.World, own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank must not wait for peers of its node while others wait for its messages."""
+    monkeypatch.setattr(exchange, "PIECE_BYTES", 1 << 14)  # too long for MPI to take unasked
+    monkeypatch.setattr(exchange, "WINDOW_BYTES", 1 << 15)
+    strategy = Hierarchical(nodes)
+    made = [strategy.allocate(n, np.dtype("float32"), np) for n in [200_000] * 3]
+    locals_ = [own.standard_normal(grad.size).astype(np.float32) for _, grad in made]
+    for (_, grad), local in zip(made, locals_, strict=True):
+        grad[:] = local
+    for i, part, mean in strategy.stream([grad for _, grad in made], 1 / nodes.size):
+        made[i][0][part] = mean
+    for (param, _), local in zip(made, locals_, strict=True):
+        strategy.share(param)
+        expected = np.mean(nodes.gather(local), axis=0)
+        np.testing.assert_allclose(param, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 40])
+def test_low_rank_of_less_than_a_line_for_each_rank(nodes: mpidl.World, n: int, own: Any) -> None:
+    strategy = Hierarchical(nodes, "powersgd")
+    param, grad = strategy.allocate(n, np.dtype("float32"), np, [(0, (n,))])
+    local = own.standard_normal(n).astype(np.float32)
+    found = mean_of(strategy, param, grad, local, 1 / nodes.size)
+    np.testing.assert_allclose(found, np.mean(nodes.gather(local), axis=0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*BOUNDS, "signsgd"])
+def test_same_bits_whatever_the_network_does(
+    nodes: mpidl.World, name: str, own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "PIECE_BYTES", 1 << 12)
+    local = own.standard_normal(SEVERAL_BLOCKS).astype(np.float32)
+    done, pause = Exchange._done, np.random.default_rng()
+    late = lambda self, block: pause.random() < 0.5 and done(self, block)  # noqa: E731
+    found = []
+    for answer in (done, late):
+        monkeypatch.setattr(Exchange, "_done", answer)
+        strategy = Hierarchical(nodes, name)
+        param, grad = strategy.allocate(SEVERAL_BLOCKS, np.dtype("float32"), np)
+        found.append([mean_of(strategy, param, grad, local, 1 / nodes.size) for _ in range(2)])
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("name", ["bf16", "powersgd"])
 def test_ranks_that_share_no_memory_take_each_other_for_nodes(
     name: str, world: mpidl.World, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +290,15 @@ def test_who_takes_a_codec(world: mpidl.World) -> None:
         make("allreduce", world, codec="bf16")
     with pytest.raises(InvalidArgument, match="unknown codec 'zip'; known are: bf16"):
         make("hierarchical", world, codec="zip")
+    with pytest.raises(InvalidArgument, match=r"codec Bf16.*: it works in host memory"):
+        make("auto", world, codec="bf16", on_device=True)
+    given = TopK(0.1)
+    assert Hierarchical(world, given).codec == given
+    assert Hierarchical(world, given).codec is not given  # another thread may use that one
+    with pytest.raises(RankMismatch, match=r"strategy: Hierarchical\(codec=Int8"):
+        make(Hierarchical(world, "int8" if world.rank else "bf16"), world)
+    address = type("Own", (), {"feedback": False})()  # whose text differs from rank to rank
+    assert make(Hierarchical(world, address), world).codec is None
     assert make("auto", world, codec="bf16").name == "hierarchical"
 
 

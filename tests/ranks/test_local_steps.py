@@ -9,7 +9,7 @@ import pytest
 
 import mpidl
 from mpidl import functional, nn, optim
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, NonFiniteGradient
 from tests.ranks.conftest import PLACEMENTS, STRATEGIES, as_nodes, fewer_runs
 
 pytestmark = fewer_runs
@@ -101,6 +101,39 @@ def test_the_trainer_ends_an_epoch_with_equal_ranks(world: mpidl.World) -> None:
     assert history[-1].metrics["accuracy"] > 0.9
     assert len({v.tobytes() for v in world.gather(values(model))}) == 1
     trainer.close()
+
+
+def test_errors_of_one_rank_leave_all_in_step(world: mpidl.World, own: Any) -> None:
+    """Steps that fail count: all ranks average after the same ones."""
+    model = make_model()
+    replica = mpidl.DataParallel(
+        model, optim.SGD(0.1), "allreduce", world=world, local_steps=EVERY, check_finite=True
+    )
+    for step, (x, y) in enumerate(draw(own, 8), 1):
+        bad = (step + world.rank) % 4 == 0  # another rank in each step
+        functional.cross_entropy(model(np.full_like(x, np.nan) if bad else x), y).backward()
+        if bad:
+            with pytest.raises(NonFiniteGradient):
+                replica.step()
+            replica.zero_grad()
+        else:
+            replica.step()
+        together = len({v.tobytes() for v in world.gather(values(model))}) == 1
+        assert together == (step % EVERY == 0)
+    replica.synchronize()
+    assert len({v.tobytes() for v in world.gather(values(model))}) == 1
+    replica.synchronize()
+    replica.close()
+
+
+@pytest.mark.parametrize(("strategy", "codec"), [("hierarchical", "bf16"), ("adasum", None)])
+def test_the_mean_of_parameters_is_neither_encoded_nor_another_rule(
+    strategy: str, codec: str | None, world: mpidl.World
+) -> None:
+    with pytest.raises(InvalidArgument, match=r"local_steps=2 with (Bf16|Adasum)"):
+        mpidl.DataParallel(
+            make_model(), optim.SGD(0.1), strategy, world=world, local_steps=2, codec=codec
+        )
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import mpidl
 from mpidl import functional, nn, optim
 from mpidl.errors import InvalidArgument
-from mpidl.overlap import WATCHED
+from mpidl.overlap import MEASURED, TRIED, WATCHED
+from mpidl.strategies import Hierarchical
 from tests.ranks.conftest import PLACEMENTS, STRATEGIES, as_nodes, fewer_runs
 
 pytestmark = fewer_runs
@@ -188,4 +190,72 @@ def test_where_it_cannot_be(options: Any, world: mpidl.World) -> None:
     else:
         replica = mpidl.DataParallel(Net(), optim.SGD(0.1), overlap=True, **options)
     assert replica._overlap is None
+    replica.close()
+
+
+def test_a_strategy_of_this_thread_is_not_for_another(world: mpidl.World) -> None:
+    """Or two threads would be in collectives of one communicator at once."""
+    nodes = as_nodes(world, lambda rank: rank)
+    replica = mpidl.DataParallel(Net(), optim.SGD(0.1), Hierarchical(nodes), world=nodes)
+    assert replica._overlap is None
+    replica.close()
+    beside = Hierarchical(nodes.for_thread())
+    replica = mpidl.DataParallel(Net(), optim.SGD(0.1), beside, world=nodes)
+    assert replica._overlap is not None
+    replica.close()
+
+
+def test_samples_that_are_counted_after_the_first_gradient(world: mpidl.World, batch: Any) -> None:
+    x, y = batch
+    model = Net()
+    replica = mpidl.DataParallel(model, optim.SGD(0.1), world=world, overlap=True)
+    for _ in range(WATCHED):
+        functional.cross_entropy(model(x), y).backward()
+        replica.step()
+    functional.cross_entropy(model(x), y).backward()
+    model(x)  # whose rows count, too
+    with pytest.raises(InvalidArgument, match="samples were counted, in a step whose gradients"):
+        replica.step()
+    replica.close()
+
+
+def test_a_step_that_is_never_made_leaves_no_thread(world: mpidl.World, batch: Any) -> None:
+    x, y = batch
+    model = Net()
+    replica = mpidl.DataParallel(
+        model, optim.SGD(0.1), world=world, overlap=True, bucket_bytes=BUCKET_BYTES
+    )
+    for _ in range(WATCHED):
+        functional.cross_entropy(model(x), y).backward()
+        replica.step()
+    model.last(model.first(x)).sum().backward()  # buckets of other layers stay without gradients
+    replica.close()
+    end = time.monotonic() + 20
+    while any(thread.name == "mpidl reducer" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    world.barrier()
+
+
+@pytest.mark.parametrize(("before", "stays"), [(1e-9, False), (1e9, True)])
+def test_it_ends_where_it_does_not_pay(
+    before: float, stays: bool, world: mpidl.World, batch: Any
+) -> None:
+    x, y = batch
+    nodes, model = as_nodes(world, lambda rank: rank), Net()
+    replica = mpidl.DataParallel(model, optim.SGD(0.1), world=nodes)
+    overlap = replica._overlap
+    assert overlap is not None
+    for step in range(WATCHED + MEASURED + TRIED):
+        assert overlap.active == (step >= WATCHED)
+        if step == WATCHED:
+            overlap._seconds[:] = [before] * len(overlap._seconds)  # as if steps had taken so long
+        functional.cross_entropy(model(x), y).backward()
+        replica.step()
+    assert set(world.gather(overlap.active)) == {stays}
+    for _ in range(2):
+        functional.cross_entropy(model(x), y).backward()
+        replica.step()
+    values = b"".join(np.asarray(p.data).tobytes() for p in model.parameters())
+    assert len(set(world.gather(values))) == 1
     replica.close()

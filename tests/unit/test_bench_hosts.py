@@ -88,7 +88,7 @@ def test_jobs_run_on_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["allreduce", "--rate", "1gb"], "rate '1gb'"),
         (["allreduce", "--codecs", "none,zip"], "zip"),
         (["step", "--hosts", "a,a"], "a is named twice"),
-        (["step", "--codec", "zip"], "zip"),
+        (["step", "--codecs", "zip"], "zip"),
     ],
 )
 def test_what_cannot_be_measured(arguments: list[str], says: str) -> None:
@@ -110,7 +110,7 @@ def test_options_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["--sizes", "8B", "--codecs", "none,bf16,int8", "--rate", "2.5gbit"]
     assert command("allreduce", *where, *line, "--turns", "3", "--json").exit_code == 0
     assert seen.pop() == ("allreduce_ranks", 3, hosts, {**options, "sizes": [8], "turns": 3})
-    line = ["--models", "wide", "--methods", "sharded", "--codec", "bf16"]
+    line = ["--models", "wide", "--methods", "sharded", "--codecs", "bf16"]
     assert command("step", *where, *line, "--turns", "3", "--json").exit_code == 0
     module, ranks, places, options = seen.pop()
     assert (module, ranks, places) == ("step_memory", 3, hosts)

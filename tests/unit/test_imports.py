@@ -40,6 +40,7 @@ LEVELS = {
     "staging": 3,
     "strategies": 3,
     "local_steps": 4,
+    "arguments": 4,
     "asynchronous": 4,
     "onnx": 4,
     "overlap": 4,

@@ -80,7 +80,7 @@ class Hierarchical:
                 'use "allreduce", or "auto"'
             )
         ranks = self.world.local_size
-        if self.world.nodes == self.world.size:  # nobody to share with
+        if 1 < self.world.nodes == self.world.size:  # nobody to share with
             param, grad = private(size, dtype, xp)
             grads = [grad[:]]  # no reference to itself
         else:

@@ -96,6 +96,9 @@ class Exchange:
         # Of their own, for the means: codecs that draw random numbers draw those of sums in the
         # order of the blocks, and so those of means, but when both do depends on the network.
         self._codec_of_means = codecs.fresh(codec)
+        self._piece_bytes = PIECE_BYTES
+        if codec is not None and codec.nbytes(PIECE_BYTES // 4) < PIECE_BYTES // 2:
+            self._piece_bytes *= 2  # of short messages half as many
         self.sent_bytes = 0  #: to other ranks, since this was made
         self._free: dict[int, list[Array]] = {}  # memory for messages, by bytes
         self._numbers = np.empty(0)  # of one message
@@ -122,7 +125,7 @@ class Exchange:
         for block in self._blocks(sources):
             self._scatter(block)
             scattered.append(block)
-            depth = max(2, WINDOW_BYTES // (2 * len(block.pieces) * PIECE_BYTES))
+            depth = max(2, WINDOW_BYTES // (2 * len(block.pieces) * self._piece_bytes))
             while scattered and (len(scattered) > depth or self._done(scattered[0])):
                 gathered.append(self._add_up(scattered.popleft()))
             while gathered and (len(gathered) > depth or self._done(gathered[0])):
@@ -140,7 +143,7 @@ class Exchange:
             grad, end = source.grad, source.owned.start
             for lane in source.lanes:
                 nodes, whole = len(lane.ranks), lane.part
-                step = nodes * (PIECE_BYTES // grad.itemsize)
+                step = nodes * (self._piece_bytes // grad.itemsize)
                 for start in range(whole.start, whole.stop, step):
                     size = min(step, whole.stop - start)
                     while end < start + size:

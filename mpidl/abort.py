@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 PRINT_SECONDS = 3.0  # time for rank 0 to print an error that all ranks share, and end them
+TOLD = 32767  # a tag: the largest that every MPI has (MPI-4.1, section 9.1.2)
+PROBES = 100  # the first only lets the message arrive
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 _guard: _Guard | None = None
@@ -94,12 +96,30 @@ class _Guard:
             return
         if issubclass(kind, KeyboardInterrupt):
             self.abort(INTERRUPTED)
-        if isinstance(error, MpidlError) and error.collective and self.comm.rank != 0:
-            time.sleep(PRINT_SECONDS)  # we outlive this only if rank 0 caught it
+        shared = isinstance(error, MpidlError) and error.collective
+        if shared and self.comm.rank != 0:
+            time.sleep(PRINT_SECONDS)  # we outlive this only if rank 0 caught it, or is slow
+            if self.told():
+                self.abort(1)
         head = f"mpidl: rank {self.comm.rank} of {self.comm.size} on {self.host} failed\n"
         text = head + "".join(traceback.format_exception(kind, error, _of_script(trace)))
         os.write(2, text.encode(errors="replace"))  # in one piece, also beside other ranks
+        if shared and self.comm.rank == 0:
+            self.tell()
         self.abort(1)
+
+    def tell(self) -> None:
+        """Let all others know that rank 0 has printed the error that they share."""
+        with suppress(Exception):  # an MPI that has failed
+            for rank in range(1, self.comm.size):
+                self.comm.Isend(bytearray(0), rank, TOLD)
+
+    def told(self) -> bool:
+        """Return whether it has."""
+        try:
+            return any(self.comm.Iprobe(0, TOLD) for _ in range(PROBES))
+        except Exception:
+            return False
 
     def on_thread_error(self, args: threading.ExceptHookArgs) -> None:
         if not self.active or args.exc_value is None:

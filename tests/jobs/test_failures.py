@@ -157,6 +157,20 @@ def test_an_error_that_all_agree_on_is_told_by_rank_0(
     assert result.errors.count(message) == 1, result
 
 
+def test_an_agreed_error_is_told_once_where_rank_0_is_slow(mpi: str, tmp_path: Path) -> None:
+    """It has printed it, and then the others end the job without a word."""
+    text = """
+from mpidl import abort
+if world.rank == 0:
+    abort._guard.abort = lambda status: time.sleep(60)
+world.agree(LEAF)
+"""
+    result = job.run(mpi, 3, job.script(tmp_path, START + text), timeout=30)
+    assert result.status != 0, result
+    assert result.errors.count("mpidl: rank") == 1, result
+    assert result.errors.count(f"RankMismatch: every rank: {LEAF}") == 1, result
+
+
 @only_mpich
 def test_an_agreed_error_that_rank_0_catches_is_still_told(mpi: str, tmp_path: Path) -> None:
     text = """

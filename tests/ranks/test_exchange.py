@@ -206,9 +206,8 @@ def test_power_iteration_with_feedback_finds_any_mean(nodes: mpidl.World, own: A
         assert set(strategy.state(grad)) == {"codec_error", "codec_directions"}
 
 
-def test_several_gradients_at_once(nodes: mpidl.World, own: Any) -> None:
+def average_at_once(nodes: mpidl.World, sizes: list[int], own: Any) -> None:
     strategy = Hierarchical(nodes)
-    sizes = [0, 1, 1000, SEVERAL_BLOCKS, 5]
     made = [strategy.allocate(n, np.dtype("float32"), np) for n in sizes]
     locals_ = [own.standard_normal(n).astype(np.float32) for n in sizes]
     for (_, grad), local in zip(made, locals_, strict=True):
@@ -221,23 +220,17 @@ def test_several_gradients_at_once(nodes: mpidl.World, own: Any) -> None:
         np.testing.assert_allclose(param, expected, rtol=0, atol=1e-5)
 
 
+def test_several_gradients_at_once(nodes: mpidl.World, own: Any) -> None:
+    average_at_once(nodes, [0, 1, 1000, SEVERAL_BLOCKS, 5], own)
+
+
 def test_many_blocks_of_several_gradients(
     nodes: mpidl.World, own: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank must not wait for peers of its node while others wait for its messages."""
     monkeypatch.setattr(exchange, "PIECE_BYTES", 1 << 14)  # too long for MPI to take unasked
     monkeypatch.setattr(exchange, "WINDOW_BYTES", 1 << 15)
-    strategy = Hierarchical(nodes)
-    made = [strategy.allocate(n, np.dtype("float32"), np) for n in [200_000] * 3]
-    locals_ = [own.standard_normal(grad.size).astype(np.float32) for _, grad in made]
-    for (_, grad), local in zip(made, locals_, strict=True):
-        grad[:] = local
-    for i, part, mean in strategy.stream([grad for _, grad in made], 1 / nodes.size):
-        made[i][0][part] = mean
-    for (param, _), local in zip(made, locals_, strict=True):
-        strategy.share(param)
-        expected = np.mean(nodes.gather(local), axis=0)
-        np.testing.assert_allclose(param, expected, rtol=0, atol=1e-5)
+    average_at_once(nodes, [200_000] * 3, own)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 40])

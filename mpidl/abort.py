@@ -118,7 +118,7 @@ class _Guard:
         """Return whether it has."""
         try:
             return any(self.comm.Iprobe(0, TOLD) for _ in range(PROBES))
-        except Exception:
+        except Exception:  # as there
             return False
 
     def on_thread_error(self, args: threading.ExceptHookArgs) -> None:

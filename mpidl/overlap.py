@@ -197,7 +197,7 @@ class Overlap:
         if self._steps < WATCHED + MEASURED + TRIED or not self.active:
             return
         watched, tried = self._seconds[: WATCHED - 1], self._seconds[WATCHED + MEASURED :]
-        plain, overlapped = self.world.gather((min(watched), min(tried)))[0]  # rank 0's count
+        plain, overlapped = self.world.broadcast((min(watched), min(tried)))
         if overlapped > plain:
             self.close()
 

@@ -18,7 +18,7 @@ from mpidl.autograd import recording
 from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.local_steps import LocalSteps
 from mpidl.optim.clip import Clip
-from mpidl.optim.groups import assign, describe
+from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
 from mpidl.update import Update
@@ -111,7 +111,7 @@ class DataParallel:
         for option in (
             f"{bucket_bytes=}, {overlap=}, {local_steps=}",
             f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",
-            f"optimizer={describe(optimizer)}",
+            f"optimizer={optimizer!r}",
         ):
             self.world.same(option, "DataParallel")
         arrays = {name: p.data for name, p in self.parameters.items()}

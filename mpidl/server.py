@@ -15,7 +15,7 @@ import numpy as np
 
 from mpidl.array import UPDATE_BLOCK_BYTES, blocks, to_numpy
 from mpidl.errors import InvalidArgument
-from mpidl.optim.base import Layers, rate
+from mpidl.optim.base import Layers, check_used, rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,8 +51,7 @@ class Part:
         optimizer.lr = rate(self.optimizer, optimizer.lr, updates // ranks) / ranks
         averages = self._blocks(grad)
         optimizer.update(self.param, grad, self.state, updates, self._layers, averages)
-        if next(averages, None) is not None:
-            raise InvalidArgument(f"{self.optimizer} left parts of the gradient: see Optimizer")
+        check_used(self.optimizer, averages)
 
     def _blocks(self, grad: Array) -> Averages:
         for part in blocks(grad, UPDATE_BLOCK_BYTES):

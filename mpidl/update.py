@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from mpidl.array import UPDATE_BLOCK_BYTES, blocks
-from mpidl.errors import InvalidArgument, NonFiniteGradient
-from mpidl.optim.base import Layers
+from mpidl.errors import NonFiniteGradient
+from mpidl.optim.base import Layers, check_used
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -66,8 +66,7 @@ class Update:
             means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
             averages = self._blocks(means, owned.start, factor)
             optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
-            if next(averages, None) is not None:
-                raise InvalidArgument(f"{optimizer} left parts of the gradient: see Optimizer")
+            check_used(optimizer, averages)
             self.strategy.share(flat.param)
 
     def synchronize(self) -> None:

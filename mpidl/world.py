@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -171,7 +172,11 @@ class World:
             self.agree(None)
 
     def same(self, value: str, what: str) -> None:
-        """Raise RankMismatch on every rank where `value` is not the same on all. Collective."""
+        """Raise RankMismatch on every rank where `value` is not the same on all. Collective.
+
+        But for addresses in it, which tell one process's objects from another's.
+        """
+        value = re.sub(r" at 0x[0-9a-fA-F]+", "", value)
         first = self.broadcast(value)
         self.agree(None if value == first else f"{what}: {value}, but rank 0 has {first}")
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl.bench.allreduce import write_size
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.plan.report import label
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+MARKERS = ("o-", "s:", "v:", "^:", "d:", "x:", "+:", "*:")  # of a plan, by codec; first none's
 
 
 def check(path: Path) -> None:
@@ -65,6 +68,32 @@ def scaling(report: dict[str, Any], path: Path) -> None:
         panel.set_xlabel(f"ranks, on {report['machine']['cores']} cores")
         panel.set_ylabel("samples / s")
     _save(figure, panels, path)
+
+
+def plan(report: dict[str, Any], path: Path) -> None:
+    """Draw a plan's efficiency over ranks, apart and overlapped."""
+    figure, panels = _figure(2)
+    rows = report["rows"]
+    names = list(dict.fromkeys((row["strategy"], row["codec"]) for row in rows))
+    ranks = sorted({row["ranks"] for row in rows})
+    colors = list(dict.fromkeys(strategy for strategy, _ in names))
+    marked = list(dict.fromkeys(codec for _, codec in names))
+    for panel, key in zip(panels, ("efficiency", "overlapped_efficiency"), strict=True):
+        for strategy, codec in names:
+            here = [row for row in rows if (row["strategy"], row["codec"]) == (strategy, codec)]
+            style = f"C{colors.index(strategy)}{MARKERS[marked.index(codec) % len(MARKERS)]}"
+            _line(panel, here, "ranks", key, style, label(strategy, codec))
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ranks, list(map(str, ranks)))
+        panel.minorticks_off()
+        panel.set_ylim(0, 1.02)
+        panel.set_xlabel("ranks")
+        panel.set_ylabel("efficiency (step alone / step)")
+        panel.grid(alpha=0.3)
+    panels[0].set_title(f"average after backward, step {report['step_ms']:.4g} ms")
+    panels[1].set_title(f"while backward goes on, {report['gradient_bytes'] / 1e9:.3g} GB")
+    panels[1].legend(fontsize="x-small")
+    figure.savefig(path)
 
 
 def _figure(panels: int) -> tuple[Any, Any]:

@@ -109,4 +109,4 @@ def plan(
     else:
         report.show(found)
     if plot is not None:
-        report.plot(found, plot)
+        plots.plan(found, plot)

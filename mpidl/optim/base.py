@@ -121,3 +121,9 @@ def check_eps(optimizer: object, eps: float) -> None:
 def zeros(param: Array, *names: str) -> dict[str, Array]:
     """Return a state of zeros (n,) under each name."""
     return {name: namespace(param).zeros_like(param) for name in names}
+
+
+def check_used(optimizer: Optimizer, averages: Averages) -> None:
+    """Raise InvalidArgument where `optimizer.update` has left parts of its gradient."""
+    if next(averages, None) is not None:
+        raise InvalidArgument(f"{optimizer} left parts of the gradient: see Optimizer")

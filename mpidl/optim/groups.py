@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypeAlias
@@ -52,8 +51,3 @@ def assign(
                 + (", ..." if len(group_of) > 8 else "")
             )
     return list(patterns.values()), group_of
-
-
-def describe(optimizer: Groups) -> str:
-    """Return the `repr`, without the addresses that tell one process's objects from another's."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(optimizer))

@@ -1,23 +1,18 @@
-"""A plan: every number of ranks, strategy and codec, as rows, a table and a figure."""
+"""A plan: every number of ranks, strategy and codec, as rows and a table."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs
-from mpidl.errors import MpidlError
 from mpidl.plan import model
 from mpidl.plan.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from mpidl.plan.topology import Constants
-
-MARKERS = ("o-", "s:", "v:", "^:", "d:", "x:", "+:", "*:")  # by codec; the first is none's
 
 
 def run(
@@ -84,7 +79,7 @@ def show(report: dict[str, Any]) -> None:
             table.add_column(name, justify="right", no_wrap=True)
         for row in sorted(here, key=lambda row: row["overlapped_ms"]):
             table.add_row(
-                _label(row["strategy"], row["codec"]),
+                label(row["strategy"], row["codec"]),
                 _ms(row["average_ms"]),
                 _ms(row["step_ms"]),
                 f"{row['efficiency']:.1%}",
@@ -99,7 +94,8 @@ def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
-def _label(strategy: str, codec: str) -> str:
+def label(strategy: str, codec: str) -> str:
+    """Return the name of a row: "ring+bf16"."""
     return strategy if codec == "none" else f"{strategy}+{codec}"
 
 
@@ -115,35 +111,3 @@ def _told(constants: dict[str, Any]) -> str:
     told += f"; memory {constants['memory_rate'] / 1e9:.4g} GB/s"
     told += f"; add {1e9 * constants['add_seconds']:.3g} ns a byte"
     return told + f"; MPI's algorithms: {constants['algorithms']}"
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw efficiency over ranks, apart and overlapped. Raises MpidlError without matplotlib."""
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise MpidlError("a plot needs matplotlib: pip install 'mpidl[report]'") from error
-    figure = figures.Figure(figsize=(12, 5), layout="constrained")
-    rows = report["rows"]
-    names = list(dict.fromkeys((row["strategy"], row["codec"]) for row in rows))
-    ranks = sorted({row["ranks"] for row in rows})
-    colors = list(dict.fromkeys(strategy for strategy, _ in names))
-    marked = list(dict.fromkeys(codec for _, codec in names))
-    panels = figure.subplots(1, 2)
-    for panel, key in zip(panels, ("efficiency", "overlapped_efficiency"), strict=True):
-        for strategy, codec in names:
-            here = [row for row in rows if (row["strategy"], row["codec"]) == (strategy, codec)]
-            x, y = ([row[k] for row in here] for k in ("ranks", key))
-            style = f"C{colors.index(strategy)}{MARKERS[marked.index(codec) % len(MARKERS)]}"
-            panel.plot(x, y, style, label=_label(strategy, codec))
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(ranks, list(map(str, ranks)))
-        panel.minorticks_off()
-        panel.set_ylim(0, 1.02)
-        panel.set_xlabel("ranks")
-        panel.set_ylabel("efficiency (step alone / step)")
-        panel.grid(alpha=0.3)
-    panels[0].set_title(f"average after backward, step {report['step_ms']:.4g} ms")
-    panels[1].set_title(f"while backward goes on, {report['gradient_bytes'] / 1e9:.3g} GB")
-    panels[1].legend(fontsize="x-small")
-    figure.savefig(path)

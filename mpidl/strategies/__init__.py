@@ -7,10 +7,9 @@ name.
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpidl import codecs, shared
 from mpidl.errors import InvalidArgument, NoSharedMemory, UnknownStrategy
@@ -101,7 +100,7 @@ def make(
             )
         if coded is not None and on_device:
             raise InvalidArgument(f"codec {coded}: it works in host memory; the model is on a GPU")
-    world.same(_plain(coded), "codec")
+    world.same(str(coded), "codec")
     world.same(strategy if isinstance(strategy, str) else _describe(strategy), "strategy")
     if not isinstance(strategy, str):
         return Choice(strategy, type(strategy).__name__, "as given")
@@ -133,13 +132,8 @@ def _describe(strategy: Strategy) -> str:
     kept = getattr(strategy, "__dict__", {})
     options = [name for name in inspect.signature(type(strategy)).parameters if name in kept]
     plain = [
-        f"{name}={_plain(kept[name])}"
+        f"{name}={kept[name]}"
         for name in options
         if isinstance(kept[name], (int, float, str)) or name == "codec"
     ]
     return f"{type(strategy).__name__}({', '.join(plain)})"
-
-
-def _plain(value: Any) -> str:
-    """Return it as text, without an address, which differs from rank to rank."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

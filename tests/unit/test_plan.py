@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mpidl import codecs, plan
+from mpidl.bench import plots
 from mpidl.cli.app import app
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import PIECE_BYTES
@@ -331,7 +332,7 @@ def test_a_report_has_a_row_for_all_that_can_be(tmp_path: Path) -> None:
         assert row["overlapped_efficiency"] == pytest.approx(10 / row["overlapped_ms"])
         assert 10 <= row["overlapped_ms"] <= row["step_ms"] + 1e-9
         assert (row["wire_bytes"] > 0) == (row["nodes"] > 1)
-    report.plot(found, tmp_path / "plan.svg")
+    plots.plan(found, tmp_path / "plan.svg")
     drawn = (tmp_path / "plan.svg").read_text()
     assert drawn.count('<g id="line2d_') > len(rows) / 2
 

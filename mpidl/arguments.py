@@ -18,6 +18,11 @@ def check_options(accumulate: Any, local_steps: Any, overlap: Any, bucket_bytes:
     for name, number in (("accumulate", accumulate), ("local_steps", local_steps)):
         if number != int(number) or number < 1:
             raise InvalidArgument(f"{name}={number}: expected a whole number from 1 on")
+    check_averaging(overlap, bucket_bytes)
+
+
+def check_averaging(overlap: Any, bucket_bytes: Any) -> None:
+    """Raise InvalidArgument where one of them cannot be. Not collective."""
     if overlap not in ("auto", True, False):
         raise InvalidArgument(f"{overlap=}: expected 'auto', True or False")
     if bucket_bytes != "auto" and not (isinstance(bucket_bytes, int) and bucket_bytes > 0):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from mpidl.strategies import Strategy
 
+BUCKET_BYTES = 32 << 20
+FINE_BYTES = 1 << 18
 SUPPORTED_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))  # in the machine's byte order
 
 
@@ -56,6 +58,16 @@ def check_dtype(array: Array, name: str) -> None:
     if array.dtype not in SUPPORTED_DTYPES:
         known = ", ".join(map(str, SUPPORTED_DTYPES))
         raise UnsupportedDtype(f"{name} has dtype {array.dtype}; supported are {known}")
+
+
+def bytes_for(size: int, asked: int | str, *, overlaps: bool) -> int:
+    """Return about how large a bucket is to be, of `size` bytes of gradients; or what was `asked`.
+
+    Where averaging overlaps with backward, several are averaged at once.
+    """
+    if asked != "auto":
+        return int(asked)
+    return min(max(size // 64, FINE_BYTES), BUCKET_BYTES) if overlaps else BUCKET_BYTES
 
 
 def allocate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from mpidl.reducer import Reducer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpidl.autograd import Tensor
     from mpidl.bucket import Bucket
     from mpidl.strategies import Strategy
     from mpidl.world import World
@@ -24,6 +23,13 @@ WATCHED, MEASURED, TRIED = 3, 3, 4  # steps
 FIRST_BYTES = 1 << 20  # of the first group: communication begins early
 GROUP_BYTES = 4 << 20  # of the others, at first
 ADVICE = "pass overlap=False"
+
+
+class Announces(Protocol):
+    """A parameter, as far as an `Overlap` needs to know it."""
+
+    def on_gradient(self, hook: Callable[[Any], None]) -> Callable[[], None]:
+        """Call `hook` with this whenever its gradient is complete; return what ends that."""
 
 
 class Overlap:
@@ -38,10 +44,11 @@ class Overlap:
 
     Args:
         world: for the calling thread; `strategy` must be made for another, or be alone in using it.
-        parameters: by name, as in the buckets.
+        parameters: by name, as in the buckets; those that tell of their gradients.
         samples: returns how many this rank's model was called with in this step.
         group_bytes: about how many bytes to average at a time; None to find out.
         asked: whether to warn where it cannot be.
+        keeps: see `Reducer`.
     """
 
     def __init__(
@@ -50,15 +57,16 @@ class Overlap:
         beside: World,
         strategy: Strategy,
         buckets: Sequence[Bucket],
-        parameters: Mapping[str, Tensor],
+        parameters: Mapping[str, Announces],
         samples: Callable[[], float | None],
         *,
         group_bytes: int | None = None,
         asked: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.world, self.strategy, self.buckets = world, strategy, buckets
         self.active = False
-        self._beside, self._samples, self._asked = beside, samples, asked
+        self._beside, self._samples, self._asked, self._keeps = beside, samples, asked, keeps
         self._nbytes = [flat.grad.nbytes for flat in buckets]
         self._tunes = group_bytes is None
         self.groups = grouped(self._nbytes, group_bytes or GROUP_BYTES)
@@ -74,7 +82,7 @@ class Overlap:
         self._bucket_of: dict[int, int] = {}
         complete = weakref.WeakMethod(self._complete)
 
-        def on_gradient(parameter: Tensor) -> None:
+        def on_gradient(parameter: Announces) -> None:
             hook = complete()
             if hook is not None:
                 hook(parameter)
@@ -155,7 +163,7 @@ class Overlap:
         if self.active:
             self._irregular = None
 
-    def _complete(self, parameter: Tensor) -> None:
+    def _complete(self, parameter: Announces) -> None:
         """Count a gradient that is complete."""
         now = time.perf_counter()
         if self._start is None:
@@ -174,7 +182,9 @@ class Overlap:
                 self._reducer.ready(i)
 
     def _begin(self, samples: float | None) -> None:
-        self._reducer = Reducer(self._beside, self.strategy, self.buckets, self.groups, samples)
+        self._reducer = Reducer(
+            self._beside, self.strategy, self.buckets, self.groups, samples, keeps=self._keeps
+        )
         self._reducer.start()
 
     def _decide(self) -> None:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from mpidl.optim.groups import Groups
     from mpidl.strategies import Strategy
 
-BUCKET_BYTES = 32 << 20
-FINE_BYTES = 1 << 18
-
 
 class DataParallel:
     """Keeps `model` the same on all ranks: `step` averages the gradients and updates. Collective.
@@ -131,12 +128,7 @@ class DataParallel:
             strategy, beside or self.world, size, codec=codec, on_device=on_device
         )
         self.strategy = self.choice.strategy
-        if bucket_bytes != "auto":
-            at_once = int(bucket_bytes)
-        elif beside is None:
-            at_once = BUCKET_BYTES
-        else:  # to be averaged several at once
-            at_once = min(max(size // 64, FINE_BYTES), BUCKET_BYTES)
+        at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
         self.buckets = bucket.allocate(arrays, self.strategy, at_once, group_of)
         self._accumulation = Accumulation(self.buckets) if accumulate > 1 else None
         self._placement = Placement(model, self.world, self.strategy, self.buckets)

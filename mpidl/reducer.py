@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpidl.array import Array
     from mpidl.bucket import Bucket
     from mpidl.strategies import Strategy
     from mpidl.world import World
@@ -24,7 +25,8 @@ class Reducer(threading.Thread):
     those of a non-blocking call only while somebody calls MPI. The order of the groups is fixed,
     whatever the order in which gradients come: ranks agree without asking.
 
-    Afterwards each bucket's gradient holds the mean in its owned part. `samples` behind this rank's
+    Afterwards each bucket's gradient holds the mean in its owned part; with `keeps`, where
+    `Strategy.complete` wants it. `samples` behind this rank's
     gradients are told at the start; None where they are not known. Where that is so on any rank,
     nothing is averaged, and `total` stays 0.
     """
@@ -36,6 +38,8 @@ class Reducer(threading.Thread):
         buckets: Sequence[Bucket],
         groups: Sequence[Sequence[int]],
         samples: float | None,
+        *,
+        keeps: bool = False,
     ) -> None:
         super().__init__(name="mpidl reducer", daemon=True)
         self.samples = samples
@@ -46,6 +50,7 @@ class Reducer(threading.Thread):
         self._buckets, self._groups = buckets, groups
         self._ready = [threading.Event() for _ in buckets]
         self._abandoned = False
+        self._keep = strategy.keep if keeps else _write
 
     def ready(self, bucket: int) -> None:
         """Tell that this rank's gradient in bucket number `bucket` is complete. Not collective."""
@@ -92,6 +97,10 @@ class Reducer(threading.Thread):
                     self._buckets[i].grad.fill(0)
             grads = [self._buckets[i].grad for i in group]
             for i, part, mean in self._strategy.stream(grads, self.samples / total):
-                grads[i][part] = mean
+                self._keep(grads[i], part, mean)
             self.seconds.append(time.perf_counter() - start)
         self.total = total
+
+
+def _write(grad: Array, part: slice, mean: Array) -> None:
+    grad[part] = mean

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpidl.bench import coded, jobs, machine, methods, rivals, timing, wire
 from mpidl.errors import NoSharedMemory
-from mpidl.strategies import STRATEGIES
+from mpidl.strategies import own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def measure(
         absent |= dict.fromkeys(encoded, coded.ONE_NODE)
         encoded = []
     rates = _rates(world, rate) if world.nodes > 1 else None
-    names = [*STRATEGIES, *encoded]
+    names = [*own(), *encoded]
     rows = []
     for size in sizes:
         found = _rows(world, size, turns, names, others, absent)

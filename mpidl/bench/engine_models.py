@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
     Step = Callable[[], None]
 
 RATE = 0.01
-PIXELS, HIDDEN, CLASSES = 784, 1024, 10
+CLASSES = 10
 WIDTH, HEADS, LENGTH, LETTERS = 128, 4, 128, 64
-WIDE = (1024, 8192, 4096)  # 42 million parameters
-ROWS = {"mlp": 128, "cnn": 32, "transformer": 16, "wide": 32}
+#: Inputs and hidden layers of those that are linear layers only.
+WIDTHS = {
+    "mlp": (784, 1024, 1024),
+    "wide": (1024, 8192, 4096),  # 42 million parameters, in two layers
+    "deep": (1024,) * 17,  # 17 million, in layers of one size
+}
+ROWS = {"mlp": 128, "cnn": 32, "transformer": 16, "wide": 32, "deep": 32}
 
 
 def batch(name: str, rows: int | None = None, seed: int = 0) -> tuple[Array, Array]:
@@ -30,8 +36,8 @@ def batch(name: str, rows: int | None = None, seed: int = 0) -> tuple[Array, Arr
     """
     rng = np.random.default_rng(seed)
     n = ROWS[name] if rows is None else rows
-    if name in ("mlp", "wide"):
-        pixels = PIXELS if name == "mlp" else WIDE[0]
+    if name in WIDTHS:
+        pixels = WIDTHS[name][0]
         return rng.standard_normal((n, pixels)).astype("f"), rng.integers(0, CLASSES, n)
     if name == "cnn":
         x = rng.standard_normal((n, 3, 32, 32)).astype("f")
@@ -60,15 +66,11 @@ class Transformer(nn.Module):
 
 def model(name: str) -> nn.Module:
     """Return the model `name` of `ROWS`."""
-    if name in ("mlp", "wide"):
-        pixels, first, second = (PIXELS, HIDDEN, HIDDEN) if name == "mlp" else WIDE
-        return nn.Sequential(
-            nn.Linear(pixels, first),
-            nn.ReLU(),
-            nn.Linear(first, second),
-            nn.ReLU(),
-            nn.Linear(second, CLASSES),
-        )
+    if name in WIDTHS:
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(WIDTHS[name]):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(WIDTHS[name][-1], CLASSES))
     if name == "cnn":
         return nn.Sequential(
             nn.Conv2d(3, 32, 3, padding=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +11,11 @@ from torch.nn import functional
 from mpidl.bench.engine_models import (
     CLASSES,
     HEADS,
-    HIDDEN,
     LENGTH,
     LETTERS,
-    PIXELS,
     RATE,
-    WIDE,
     WIDTH,
+    WIDTHS,
     batch,
 )
 
@@ -60,15 +59,8 @@ class Transformer(torch.nn.Module):  # type: ignore[misc]
 
 def model(name: str) -> Any:
     """Return the model `name` of `engine_models.ROWS`."""
-    if name in ("mlp", "wide"):
-        pixels, first, second = (PIXELS, HIDDEN, HIDDEN) if name == "mlp" else WIDE
-        return torch.nn.Sequential(
-            torch.nn.Linear(pixels, first),
-            torch.nn.ReLU(),
-            torch.nn.Linear(first, second),
-            torch.nn.ReLU(),
-            torch.nn.Linear(second, CLASSES),
-        )
+    if name in WIDTHS:
+        return linear_layers(*WIDTHS[name])
     if name == "cnn":
         return torch.nn.Sequential(
             torch.nn.Conv2d(3, 32, 3, padding=1),
@@ -81,6 +73,14 @@ def model(name: str) -> Any:
             torch.nn.Linear(64 * 8 * 8, CLASSES),
         )
     return Transformer()
+
+
+def linear_layers(*widths: int) -> Any:
+    """Return linear layers with ReLU between them, and one more for the classes."""
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(widths[-1], CLASSES))
 
 
 def in_torch(name: str) -> Step:

@@ -77,13 +77,26 @@ def in_mpidl(
     )
 
 
-def in_torch(
-    method: str, name: str, rows: int, seed: int = 0, *, parallel: str | None = None
-) -> Replica:
-    """Return the model `name` in PyTorch, on one thread; `parallel` is None, "ddp" or "horovod".
+def forget() -> None:
+    """Do nothing: what is not used any more goes by itself."""
 
-    With "ddp" collective, and after `rivals.join_gloo`; with "horovod" also, after
-    `rivals.try_horovod`: its thread, which never rests, runs while steps are made.
+
+def in_torch(
+    method: str,
+    name: str,
+    rows: int,
+    seed: int = 0,
+    *,
+    parallel: str | None = None,
+    base: str = "torch_local",
+    models: Any = None,
+) -> Replica:
+    """Return the model `name` in PyTorch, on one thread.
+
+    `parallel` is None, "ddp", "horovod", or a strategy of `mpidl.torch.DataParallel`. Collective
+    then; with "ddp" after `rivals.join_gloo`; with "horovod" after `rivals.try_horovod`: its
+    thread, which never rests, runs while steps are made. `models` is a module with functions
+    `model` and `batch`, by default `engine_torch`.
     """
     import torch
 
@@ -91,17 +104,25 @@ def in_torch(
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    x, y = map(torch.from_numpy, batch(name, rows, seed))
-    network = engine_torch.model(name)
+    models = models or engine_torch
+    x, y = map(torch.from_numpy, models.batch(name, rows, seed))
+    network = models.model(name)
     forward: torch.nn.Module = network
     optimizer: Any = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM)
     at_work: Callable[[], AbstractContextManager[None]] = nullcontext
+    strategy: str | None = None
+    close: Callable[[], None] = forget
     if parallel == "ddp":
         forward = torch.nn.parallel.DistributedDataParallel(network)
     elif parallel == "horovod":
         at_work = partial(rivals.horovod_at_work, torch.ones(1))
         with at_work():
             optimizer = rivals.horovod_optimizer(optimizer, network)
+    elif parallel is not None:
+        from mpidl.torch.parallel import DataParallel as TorchDataParallel
+
+        forward = TorchDataParallel(network, optimizer, parallel)
+        strategy, close = forward.choice.name, forward.close
 
     def backward() -> None:
         optimizer.zero_grad()
@@ -109,12 +130,12 @@ def in_torch(
 
     return Replica(
         method,
-        "torch_local",
-        None,
+        base,
+        strategy,
         rows,
         backward=backward,
         update=optimizer.step,
         values=lambda: [np.asarray(p.detach()) for p in network.parameters()],
-        close=lambda: None,
+        close=close,
         at_work=at_work,
     )

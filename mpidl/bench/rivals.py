@@ -6,11 +6,11 @@ import importlib
 import os
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidl.bench import network
 from mpidl.errors import MpidlError
+from mpidl.strategies import horovod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,19 +54,14 @@ def leave_gloo() -> None:
 
 def try_horovod(world: World) -> str | None:
     """Return why Horovod cannot be measured, if so. Collective."""
-    if find_spec("horovod") is None:
-        return "horovod is not installed"
-    try:
-        hvd: Any = importlib.import_module("horovod.torch")
-    except (ImportError, OSError) as error:
-        return f"horovod.torch: {error}"
-    libraries = _mpi_libraries()
-    if len(libraries) > 1:  # to start both would end the process
-        return f"horovod was built for another MPI: {' and '.join(libraries)} are loaded"
+    reason = horovod.missing()
+    if reason is not None:
+        return reason
+    hvd: Any = importlib.import_module("horovod.torch")
     hvd.init()
-    ranks = hvd.size()
+    reason = horovod.differs(hvd, world)
     hvd.shutdown()
-    return None if ranks == world.size else f"horovod sees {ranks} ranks of {world.size}"
+    return reason
 
 
 @contextmanager
@@ -92,9 +87,3 @@ def horovod_optimizer(optimizer: Any, network: Any) -> Any:
     """Return a torch `optimizer` that averages the gradients of `network` first. Collective."""
     hvd: Any = importlib.import_module("horovod.torch")
     return hvd.DistributedOptimizer(optimizer, named_parameters=network.named_parameters())
-
-
-def _mpi_libraries() -> list[str]:
-    """Return the names of the MPI libraries that this process has loaded."""
-    files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    return sorted({Path(file).name for file in files if Path(file).name.startswith("libmpi.so")})

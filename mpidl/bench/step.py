@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mpidl.bench import jobs
 from mpidl.bench.allreduce import show_absent
-from mpidl.bench.engine_models import ROWS
 from mpidl.bench.step_breakdown import PHASES
 from mpidl.errors import InvalidArgument
-from mpidl.strategies import STRATEGIES
+from mpidl.strategies import own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MODELS = ("wide", "mlp", "cnn", "transformer")
-METHODS = ("local", *STRATEGIES, "auto", "hierarchical_blocking", "torch_local", "ddp", "horovod")
+METHODS = ("local", *own(), "auto", "hierarchical_blocking", "torch_local", "ddp", "horovod")
+TORCH_METHODS = ("local", *own(), "auto", "ddp", "horovod")
+FRAMEWORKS = {
+    "mpidl": (*MODELS, "deep"),
+    "torch": ("wide", "mlp", "cnn", "resnet18", "transformer"),
+}
 TURNS = 25
 MEMORY_MODEL = "wide"
 MEMORY_METHODS = ("hierarchical", "sharded", "allreduce")
@@ -30,12 +35,26 @@ def run(
     hosts: Mapping[str, int] | None = None,
     codecs: Sequence[str] = (),
     samples: int | None = None,
+    framework: str = "mpidl",
 ) -> dict[str, Any]:
     """Return {"machine", "rows": one for each model and method, "memory", "absent"}.
 
-    With `hosts`, numbers of ranks by name, the ranks run there. See `step_ranks.measure`.
+    With `hosts`, numbers of ranks by name, the ranks run there. `framework` is what the models are
+    made of. See `step_ranks.measure` and `torch_step_ranks.measure`.
     """
-    check_names("model", models, tuple(ROWS))
+    check_names("framework", [framework], tuple(FRAMEWORKS))
+    check_names("model", models, FRAMEWORKS[framework])
+    if framework == "torch":
+        check_names("method", methods or [], TORCH_METHODS)
+        if codecs:
+            raise InvalidArgument("codecs: expected none with --framework torch")
+        if find_spec("torch") is None:
+            raise InvalidArgument("--framework torch: torch is not installed")
+        module = "mpidl.bench.torch_step_ranks"
+        report = jobs.run(
+            module, ranks, hosts, models=models, turns=turns, methods=methods, samples=samples
+        )
+        return {**report, "memory": []}
     check_names("method", methods or [], METHODS)
     module = "mpidl.bench.step_ranks"
     options: dict[str, Any] = {"turns": turns, "methods": methods, "codecs": codecs}
@@ -67,7 +86,8 @@ def show(report: dict[str, Any]) -> None:
         here = [row for row in rows if row["model"] == model]
         title = f"a step of {model}, {here[0]['ranks']} ranks"
         times = _table(title, "method", "median ms", "25 %", "75 %", "/ local")
-        times.caption = "ddp and horovod / torch_local, all others / local"
+        if any(row["method"] == "torch_local" for row in here):
+            times.caption = "ddp and horovod / torch_local, all others / local"
         spent = _table("where its time goes, ms", "method", *PHASES)
         for row in here:
             chosen = f" ({row['strategy']})" if row["method"] == "auto" else ""

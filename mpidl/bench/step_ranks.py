@@ -14,7 +14,7 @@ from mpidl.bench import coded, jobs, machine, replicas, rivals, step_breakdown, 
 from mpidl.bench.engine_models import ROWS
 from mpidl.errors import MpidlError
 from mpidl.overlap import MEASURED, TRIED, WATCHED
-from mpidl.strategies import STRATEGIES
+from mpidl.strategies import own
 from mpidl.world import World
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from mpidl.bench.replicas import Replica
 
 BLOCKING = "hierarchical_blocking"
-WARM_UP_OF_OVERLAP = (
-    WATCHED + MEASURED + TRIED
-)  # turns: until then `DataParallel` finds out what to average at once
+#: In a row: until then `DataParallel` finds out what to average at once, and whether it pays.
+STEPS_OF_OVERLAP = WATCHED + MEASURED + TRIED
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -45,7 +44,7 @@ def measure(
     With more than one node, "hierarchical" is measured without overlap and with each of `codecs`,
     too, and "unchecked" tells which of these were not compared with the mean, and why.
     """
-    ours = [name for name in (*STRATEGIES, "auto") if methods is None or name in methods]
+    ours = [name for name in (*own(), "auto") if methods is None or name in methods]
     with_torch = methods is None or bool({"torch_local", "ddp"} & set(methods))
     absent: dict[str, str] = {}
     if with_torch:
@@ -69,7 +68,7 @@ def measure(
     alone = World.of(world.MPI, world.MPI.COMM_SELF)
     report: list[dict[str, Any]] = []
     for name in models:
-        rows = ROWS[name] if samples is None else _part(world, samples)
+        rows = ROWS[name] if samples is None else part_of(world, samples)
         made = [replicas.in_mpidl("local", "allreduce", alone, name, rows, world.rank)]
         made += [replicas.in_mpidl(m, m, world, name, rows, world.rank) for m in ours]
         for method, options in between_nodes.items():
@@ -82,7 +81,7 @@ def measure(
         for method, there in (("ddp", with_torch), ("horovod", with_horovod)):
             if there:
                 made.append(replicas.in_torch(method, name, rows, world.rank, parallel=method))
-        found = _rows(world, name, made, turns)
+        found = rows_of(world, name, made, turns)
         for replica in made:
             replica.close()
         del made, replica
@@ -99,17 +98,20 @@ def measure(
     return {"machine": facts, "rows": report, "absent": absent, **unchecked}
 
 
-def _part(world: World, samples: int) -> int:
+def part_of(world: World, samples: int) -> int:
     """Return how many of all samples this rank has."""
     return samples * (world.rank + 1) // world.size - samples * world.rank // world.size
 
 
-def _rows(world: World, name: str, made: list[Replica], turns: int) -> list[dict[str, Any]]:
-    """Time steps of all replicas, alternately, between two checks. Collective."""
+def rows_of(world: World, name: str, made: list[Replica], turns: int) -> list[dict[str, Any]]:
+    """Time steps of all replicas, alternately, between two checks: a row for each. Collective."""
     check_first_step(world, made)
     steps = {r.method: partial(_seconds, world, r) for r in made}
-    warm_up = timing.WARM_UP if world.nodes == 1 else WARM_UP_OF_OVERLAP
-    taken = timing.in_turns(steps, turns, warm_up)
+    for replica in made if world.nodes > 1 else ():
+        with replica.at_work():
+            for _ in range(STEPS_OF_OVERLAP):
+                replica.step()
+    taken = timing.in_turns(steps, turns)
     _check_last_step(world, made)
     samples = int(world.sum([made[0].rows])[0])
     times = {method: timing.quartiles(seconds) for method, seconds in taken.items()}

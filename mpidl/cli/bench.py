@@ -13,6 +13,7 @@ import typer
 from mpidl.bench import allreduce as allreduce_bench
 from mpidl.bench import coded, plots
 from mpidl.bench import engine as engine_bench
+from mpidl.bench import plan as plan_bench
 from mpidl.bench import scaling as scaling_bench
 from mpidl.bench import step as step_bench
 from mpidl.cli import launcher
@@ -96,7 +97,16 @@ def allreduce(
 def step(
     ranks: Ranks = None,
     hosts: Hosts = "",
-    models: Annotated[str, typer.Option(help="Which, of these.")] = ",".join(step_bench.MODELS),
+    framework: Annotated[
+        str, typer.Option(help=f"Of the models: {' or '.join(step_bench.FRAMEWORKS)}.")
+    ] = "mpidl",
+    models: Annotated[
+        str,
+        typer.Option(
+            help="; ".join(f"{k}: {', '.join(v)}" for k, v in step_bench.FRAMEWORKS.items())
+            + ". Default: all, but deep: it is for --hosts."
+        ),
+    ] = "",
     methods: Annotated[
         str, typer.Option(help=f"Only these, of {', '.join(step_bench.METHODS)}.")
     ] = "",
@@ -116,9 +126,28 @@ def step(
     """
     names = [name for name in methods.split(",") if name] or None
     options = {"codecs": _or_exit(partial(coded.parse, codecs)), "samples": samples}
+    options["framework"] = framework
     count, options["hosts"] = _or_exit(partial(_places, ranks, hosts))
-    report = _or_exit(partial(step_bench.run, count, models.split(","), turns, names, **options))
+    usual = step_bench.FRAMEWORKS.get(framework, ()) if framework != "mpidl" else step_bench.MODELS
+    chosen = models.split(",") if models else list(usual)
+    report = _or_exit(partial(step_bench.run, count, chosen, turns, names, **options))
     _tell(report, step_bench.show, as_json)
+
+
+@app.command()
+def plan(
+    hosts: Hosts,
+    sizes: Annotated[
+        str, typer.Option(help="Bytes of the gradient, in B, KiB, MiB or GiB.")
+    ] = plan_bench.SIZES,
+    as_json: AsJson = False,
+    turns: Turns = plan_bench.TURNS,
+) -> None:
+    """Compare what `mpidl plan --measure` predicts with what is measured, on the same hosts."""
+    wanted = _or_exit(partial(allreduce_bench.parse_sizes, sizes))
+    places = _or_exit(partial(launcher.parse_hosts, hosts))
+    report = _or_exit(partial(plan_bench.run, places, wanted, turns))
+    _tell(report, plan_bench.show, as_json)
 
 
 @app.command()

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpidl import codecs
+from mpidl.bucket import BUCKET_BYTES
 from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import PIECE_BYTES
 from mpidl.overlap import GROUP_BYTES
-from mpidl.parallel import BUCKET_BYTES
 from mpidl.plan import collectives, formulas
 from mpidl.strategies import TAKE_CODECS, Ring
 

@@ -18,6 +18,7 @@ from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
 from mpidl.strategies.base import Strategy, in_turn
 from mpidl.strategies.hierarchical import Hierarchical
+from mpidl.strategies.horovod import Horovod
 from mpidl.strategies.parameter_server import ParameterServer
 from mpidl.strategies.ring import Ring
 from mpidl.strategies.sharded import Sharded
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "hierarchical": Hierarchical,
+    "horovod": Horovod,
     "parameter_server": ParameterServer,
     "ring": Ring,
     "sharded": Sharded,
@@ -37,9 +39,12 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 
 #: What combines gradients into something else than their mean.
 RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
+#: Of STRATEGIES, what needs another library to average: it is never chosen unasked.
+LIBRARIES = ("horovod",)
 TAKE_CODECS = ("hierarchical", "ring")  # the option `codec`
 
 __all__ = [
+    "LIBRARIES",
     "RULES",
     "STRATEGIES",
     "TAKE_CODECS",
@@ -47,12 +52,14 @@ __all__ = [
     "AllReduce",
     "Choice",
     "Hierarchical",
+    "Horovod",
     "ParameterServer",
     "Ring",
     "Sharded",
     "Strategy",
     "in_turn",
     "make",
+    "own",
 ]
 
 
@@ -125,6 +132,11 @@ def make(
         if world.rank == 0:
             warnings.warn(f'strategy "{fallback}" {why}', RuntimeWarning, stacklevel=3)
         return Choice(STRATEGIES[fallback](world, **options), fallback, why, coded)
+
+
+def own() -> dict[str, Callable[..., Strategy]]:
+    """Return the STRATEGIES that need no other library; also those that were added."""
+    return {name: kind for name, kind in STRATEGIES.items() if name not in LIBRARIES}
 
 
 def _describe(strategy: Strategy) -> str:

@@ -53,6 +53,15 @@ class Strategy(Protocol):
         `in_turn` is for the others.
         """
 
+    def keep(self, grad: Array, part: slice, mean: Array) -> None:
+        """Write a mean that `reduce` has just yielded where `complete` wants it. Not collective."""
+
+    def complete(self, grad: Array) -> None:
+        """Make `grad` (n,) the whole mean on every rank, all owned parts having been kept.
+
+        Collective. For those who look at more of it than they update.
+        """
+
     def share(self, param: Array) -> None:
         """Publish the owned parts of `param` (n,), after their owners updated them. Collective.
 

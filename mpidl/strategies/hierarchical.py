@@ -157,6 +157,18 @@ class Hierarchical:
                     total += np.multiply(peer[part], w, out=addend)
             yield part, total
 
+    def keep(self, grad: Array, part: slice, mean: Array) -> None:
+        """Write it into the gradients of all ranks of the node, while it is in cache.
+
+        Nobody else reads this part of them, or writes to it, before `complete`.
+        """
+        for peer in self._find(grad).grads:
+            peer[part] = mean
+
+    def complete(self, grad: Array) -> None:
+        """Wait until all ranks of the node have kept what they own. Collective."""
+        self.world.local.Barrier()
+
     def average(self, grad: Array, weight: float) -> Array:
         """Return all of the weighted mean (n,), on every rank. Collective.
 

@@ -78,6 +78,13 @@ class ParameterServer:
         """Reduce one array after the other. Collective."""
         return in_turn(self, grads, weight)
 
+    def keep(self, grad: Array, part: slice, mean: Array) -> None:
+        """Nothing to write: the means are in place."""
+
+    def complete(self, grad: Array) -> None:
+        """Broadcast every server's part of `grad` (n,). Collective."""
+        self.share(grad)
+
     def share(self, param: Array) -> None:
         """Broadcast every server's part of `param` (n,). Collective."""
         for root, whole in self.parts(param.size):

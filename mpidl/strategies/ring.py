@@ -73,6 +73,12 @@ class Ring:
         """Reduce one array after the other. Collective."""
         return in_turn(self, grads, weight)
 
+    def keep(self, grad: Array, part: slice, mean: Array) -> None:
+        """Nothing to write: the means are in place."""
+
+    def complete(self, grad: Array) -> None:
+        """Nothing to send: every rank has all of it."""
+
     def share(self, param: Array) -> None:
         """Nothing to send: every rank made the same update."""
 

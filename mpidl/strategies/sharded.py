@@ -60,6 +60,14 @@ class Sharded:
         """Reduce one array after the other. Collective."""
         return in_turn(self, grads, weight)
 
+    def keep(self, grad: Array, part: slice, mean: Array) -> None:
+        """Write it into `grad` (n,)."""
+        grad[part] = mean
+
+    def complete(self, grad: Array) -> None:
+        """Send every rank's part of `grad` (n,) to all. Collective."""
+        self.share(grad)
+
     def share(self, param: Array) -> None:
         """Send every rank's part of `param` (n,) to all. Collective."""
         mine = self.world.rank

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mpidl.bench import allreduce, step, step_breakdown, step_ranks
-from mpidl.strategies import STRATEGIES
+from mpidl.strategies import own
 from tests import job
 from tests.jobs.test_failures import only_mpich
 
@@ -120,7 +120,7 @@ def test_allreduce_reports_every_method(tmp_path: Path) -> None:
     result = job.execute(None, *line)
     assert result.status == 0, result
     report = json.loads(result.output)
-    strategies = {(name, what) for name in STRATEGIES for what in ("average", "reduce")}
+    strategies = {(name, what) for name in own() for what in ("average", "reduce")}
     others = {("mpi_allreduce", "average"), ("gloo", "average"), ("memory_bound", "bound")}
     expected = {(*each, size) for each in strategies | others for size in (20, 4096)}
     found = {(row["method"], row["what"], row["bytes"]): row for row in report["rows"]}
@@ -150,7 +150,7 @@ def test_step_reports_every_method() -> None:
         assert (row["model"], row["ranks"], row["samples"]) == ("mlp", 2, 256)
         base = rows["torch_local" if method in ("ddp", "horovod", "torch_local") else "local"]
         assert row["over_local"] == pytest.approx(row["median_ms"] / base["median_ms"])
-        assert ("breakdown_ms" in row) == (method in (*STRATEGIES, "auto"))
+        assert ("breakdown_ms" in row) == (method in (*own(), "auto"))
         if "breakdown_ms" in row:
             assert list(row["breakdown_ms"]) == list(step_breakdown.PHASES)
             assert min(row["breakdown_ms"].values()) >= 0
@@ -290,7 +290,7 @@ def test_between_nodes(mpi: str, tmp_path: Path) -> None:
     encoded = [f"hierarchical+{codec}" for codec in codecs]
     report = found["allreduce"]
     rows = {(row["method"], row["what"]): row for row in report["rows"]}
-    ours = {(name, what) for name in (*STRATEGIES, *encoded) for what in ("average", "reduce")}
+    ours = {(name, what) for name in (*own(), *encoded) for what in ("average", "reduce")}
     bounds = {("memory_bound", "bound"), ("wire_bound", "bound")}
     assert set(rows) == {*ours, *bounds, ("mpi_allreduce", "average")}
     wire = rows["wire_bound", "bound"]

@@ -15,7 +15,7 @@ import pytest
 
 from mpidl import data
 from mpidl.cli import copy as copying
-from mpidl.strategies import STRATEGIES
+from mpidl.strategies import own
 from tests import job
 from tests.conftest import SEED
 from tests.jobs.test_failures import only_mpich
@@ -59,7 +59,7 @@ import runpy, sys
 out, text = sys.argv[1:]
 sys.path.insert(0, "examples")
 for name in EXAMPLES:
-    for strategy in STRATEGIES:
+    for strategy in OWN:
         sys.argv = [name, "--epochs", "1", "--strategy", strategy, "--out"]
         sys.argv += [f"{out}/{name}/{strategy}"]
         sys.argv += ["--text", text] * (name == "char_transformer")
@@ -216,7 +216,7 @@ def test_the_transformer_learns_the_words(ranks: int, runs: Runs) -> None:
 
 
 def test_every_strategy(runs: Runs) -> None:
-    script = f"EXAMPLES, STRATEGIES = {list(EXAMPLES)}, {list(STRATEGIES)}\n{ALL_STRATEGIES}"
+    script = f"EXAMPLES, OWN = {list(EXAMPLES)}, {list(own())}\n{ALL_STRATEGIES}"
     folder = runs.folder / "strategies"
     folder.mkdir()
     arguments = (job.script(folder, script), str(folder), str(runs.text))
@@ -225,9 +225,9 @@ def test_every_strategy(runs: Runs) -> None:
     for name, example in EXAMPLES.items():
         losses = {
             s: json.loads((folder / name / s / "metrics.jsonl").read_text())[example.loss]
-            for s in STRATEGIES
+            for s in own()
         }
-        assert losses == pytest.approx(dict.fromkeys(STRATEGIES, losses["allreduce"]), rel=1e-4)
+        assert losses == pytest.approx(dict.fromkeys(own(), losses["allreduce"]), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ DEVICE = os.environ["MPIDL_TEST_DEVICE"]
 #: Those that work on the device under test.
 STRATEGIES = {
     name: kind
-    for name, kind in strategies.STRATEGIES.items()
+    for name, kind in strategies.own().items()
     if DEVICE == "cpu" or name != "hierarchical"  # it shares host memory
 }
 if DEVICE == "stand-in":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,25 @@ import pytest
 
 import mpidl
 from mpidl.array import to_numpy
+from mpidl.average import PACKED_BYTES, SMALL_BYTES
 from mpidl.errors import InvalidArgument, RankMismatch, UnsupportedDtype
+from mpidl.strategies import AllReduce
+from tests.ranks.conftest import DEVICE
+
+
+class Jax:
+    """Stands for an array of a library that changes none."""
+
+    __module__ = "jax._src.array"
+
+
+class Torn:
+    """Raises an error of its own when asked for its memory."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise RuntimeError("it is torn")
+
+    __dlpack__ = __dlpack_device__
 
 
 def test_nested_arrays_are_changed_in_place(
@@ -61,8 +80,22 @@ def test_nothing_to_average(world: mpidl.World) -> None:
 @pytest.mark.parametrize(
     ("bad", "error", "said"),
     [
-        (np.zeros(3, np.float16), UnsupportedDtype, r"arrays\[1\] has dtype float16"),
-        (np.zeros(3, np.int32), UnsupportedDtype, "int32"),
+        (np.zeros(3, np.complex64), UnsupportedDtype, r"arrays\[1\] has dtype complex64"),
+        (
+            np.zeros(3, np.int32),
+            UnsupportedDtype,
+            "int32; supported are bfloat16, float16, float32",
+        ),
+        (bytearray(8), UnsupportedDtype, "uint8"),
+        (array.array("l", [1]), UnsupportedDtype, "int64"),
+        (b"12345678", InvalidArgument, r"arrays\[1\] is read-only"),
+        ("text", InvalidArgument, r"arrays\[1\] is a str"),
+        (
+            Jax(),
+            InvalidArgument,
+            r"is a Jax, which is read-only: .*; mpidl.jax.average returns new",
+        ),
+        (Torn(), InvalidArgument, "is a Torn whose memory cannot be shared: it is torn"),
         (3.0, InvalidArgument, r"arrays\[1\] is a float"),
         (None, InvalidArgument, "NoneType"),
         (np.broadcast_to(np.zeros(1), 3), InvalidArgument, "read-only"),
@@ -104,3 +137,101 @@ def test_nan_of_a_rank_without_weight_does_not_count(world: mpidl.World) -> None
     array = np.full(3, np.nan if first else 2.0)
     mpidl.average(array, weight=0 if first else 1)
     np.testing.assert_array_equal(array, 2)
+
+
+def test_many_arrays_travel_together(
+    world: mpidl.World, own: np.random.Generator, rng: np.random.Generator, xp: Any
+) -> None:
+    """Small and large ones, of several dtypes in any order, around the sizes where pieces end."""
+    dtypes = [np.float32, np.float64, np.float16]
+    packed, small = PACKED_BYTES // 4, SMALL_BYTES // 4
+    sizes = [0, 1, 7, small - 1, small, packed - 1, packed, packed + 1, *rng.integers(1, small, 25)]
+    mine = []
+    for size in rng.permutation(sizes):
+        values = own.standard_normal(2 * int(size)).astype(dtypes[rng.integers(3)])
+        mine.append(xp.asarray(values)[:: 1 + rng.integers(2)])
+    weight = [3.0, 1.0, 0.5, 2.0][world.rank % 4]
+    held = [to_numpy(each).copy() for each in mine]
+    mpidl.average(mine, weight=weight)
+    share = weight / world.sum([weight])[0]
+    for found, before in zip(map(to_numpy, mine), held, strict=True):
+        expected = world.sum(before.astype(np.float64) * share)
+        rounding = {2: 2**-11, 4: 1e-6, 8: 1e-14}[before.itemsize]
+        np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+
+
+def test_few_calls_for_many_arrays(world: mpidl.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    if world.size == 1:
+        pytest.skip("one rank has nobody to send to")
+    calls = []
+    reduce = AllReduce.reduce
+
+    def counted(self: AllReduce, grad: Any, weight: float) -> Any:
+        calls.append(grad.nbytes)
+        return reduce(self, grad, weight)
+
+    monkeypatch.setattr(AllReduce, "reduce", counted)
+    arrays = [np.full(256, world.rank, np.float32) for _ in range(1000)]
+    mpidl.average(arrays)
+    assert calls == [PACKED_BYTES, 1024 * 1000 - PACKED_BYTES]
+    mpidl.average([np.zeros(SMALL_BYTES, np.uint8).view(np.float64) for _ in range(3)])
+    assert calls[2:] == [SMALL_BYTES] * 3
+
+
+@pytest.mark.parametrize("size", [5, PACKED_BYTES])
+def test_halves_are_added_up_in_float32(size: int, world: mpidl.World, xp: Any) -> None:
+    """Sums pass 65504 where means do not, and 1 is lost where it is added to 4096 in float16."""
+    high = xp.full(size, 60000, np.float16)
+    mpidl.average(high)
+    np.testing.assert_array_equal(to_numpy(high), np.float16(60000))
+    fine = xp.full(size, 4096 if world.rank == 0 else 1, np.float16)
+    mpidl.average(fine)
+    mean = np.float32((4096 + world.size - 1) / world.size).astype(np.float16)
+    np.testing.assert_array_equal(to_numpy(fine), mean)
+
+
+def test_the_same_array_twice(world: mpidl.World) -> None:
+    """As tied weights are: each counts once."""
+    tied = np.full(3, float(world.rank))
+    mpidl.average([tied, tied, {"part": tied[1:]}])
+    np.testing.assert_allclose(tied, (world.size - 1) / 2, rtol=1e-15)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="they lie in host memory")
+def test_arrays_of_other_libraries(world: mpidl.World, own: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    values = own.standard_normal((7, 4)).astype(np.float32)
+    mean = np.mean(world.gather(values), axis=0)
+    half = np.mean(world.gather(torch.tensor(values).bfloat16().float().numpy()), axis=0)
+    shared = values.copy()
+    module = torch.nn.Linear(4, 7)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor(values))
+    columns = torch.tensor(values).t()
+    brain = torch.tensor(values).bfloat16()
+    plain = array.array("f", values.ravel())
+    double = array.array("d", values.ravel())
+    given = {
+        "parameter": module.weight,
+        "transposed": columns,
+        "bfloat16": brain,
+        "array": plain,
+        "more": (double, memoryview(shared), torch.tensor(values).double()),
+    }
+    if world.rank == 0:  # one rank may hold another kind of array than the others
+        given["parameter"] = module.weight.detach().numpy()
+    assert mpidl.average(given) is given
+    for found in (module.weight.detach(), columns.t(), np.reshape(plain, (7, 4)), shared):
+        np.testing.assert_allclose(np.asarray(found), mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.reshape(double, (7, 4)), mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(given["more"][2].numpy(), mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(brain.float().numpy(), torch.tensor(half).bfloat16().float())
+
+
+def test_one_dtype_is_not_the_other(world: mpidl.World) -> None:
+    torch = pytest.importorskip("torch")
+    if world.size == 1:
+        pytest.skip("one rank always agrees with itself")
+    dtype = torch.bfloat16 if world.rank else torch.float16
+    with pytest.raises(RankMismatch, match=r"\(3,\) bfloat16, but rank 0 has .*\(3,\) float16"):
+        mpidl.average(torch.zeros(3, dtype=dtype))

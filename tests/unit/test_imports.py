@@ -35,6 +35,7 @@ LEVELS = {
     "bucket": 3,
     "codecs": 3,
     "exchange": 3,
+    "foreign": 3,
     "lowrank": 3,
     "reducer": 3,
     "staging": 3,
@@ -59,7 +60,8 @@ LEVELS = {
     "cli": 5,
 }
 FORBIDDEN = [  # besides what is above
-    *((room, other) for room in ("average", "bucket", "staging", "strategies")
+    *((room, other) for room in ("average", "bucket", "collectives", "foreign", "packed",
+                                 "staging", "strategies")
       for other in ("autograd", "data", "nn", "optim")),
     ("autograd", "world"),
     ("world", "autograd"),

@@ -438,6 +438,7 @@ def test_a_lost_loader_leaves_nothing() -> None:
     assert open_files() == before
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # of JAX, where another test has imported it
 def test_a_forked_copy_of_the_rank_leaves_the_workers_alone(make: Callable[..., Loader]) -> None:
     loader = make(numbers(40), 4, workers=2)
     list(loader)

@@ -34,6 +34,7 @@ LEVELS = {
     "average": 3,
     "bucket": 3,
     "codecs": 3,
+    "collectives": 3,
     "exchange": 3,
     "foreign": 3,
     "lowrank": 3,

@@ -1,0 +1,79 @@
+"""Whether what the ranks submitted under one name fits together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mpidl.collectives.request import COMPARED, UNEQUAL
+from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from mpidl.collectives.request import Description, Item
+
+Found = tuple[type[MpidlError], str]
+
+
+def compare(
+    items: Mapping[int, Sequence[Item]], members: Sequence[int], joined: Collection[int]
+) -> Found | None:
+    """Return the error for all ranks, or None; `items` are what each rank submitted.
+
+    `members` are the ranks of the process set, of which those in `joined` submit nothing.
+    """
+    ranks = sorted(items)
+    given = {rank: [item.names for item in items[rank]] for rank in ranks}
+    first = given[ranks[0]]
+    if len(first) > 1 or any(names != first for names in given.values()):
+        told = {r: " and ".join(_listed(names) for names in given[r]) for r in ranks}
+        return RankMismatch, f"groups of other members: {_by_rank(told)}"
+    for i, name in enumerate(first[0]):
+        found = _differ({rank: items[rank][0].descriptions[i] for rank in ranks}, members, joined)
+        if found is not None:
+            kind, text = found
+            return kind, f"{name!r}: {text}"
+    return None
+
+
+def _differ(
+    found: Mapping[int, Description], members: Sequence[int], joined: Collection[int]
+) -> Found | None:
+    problems = {rank: d.problem for rank, d in found.items() if d.problem}
+    if problems:
+        kind = InvalidArgument if len(problems) == len(found) else RankMismatch
+        return kind, _by_rank(problems)
+    one = next(iter(found.values()))
+    for field in ("kind", "dtype", "device", *COMPARED.get(one.kind, ("splits", "root"))):
+        told: dict[int, Any] = {rank: getattr(d, field) for rank, d in found.items()}
+        if field == "shape" and one.kind in UNEQUAL:
+            told = {rank: ("any", *shape[1:]) for rank, shape in told.items()}
+        if len(set(told.values())) > 1:
+            return RankMismatch, f"{one.kind}: {field}: {_by_rank(told)}"
+    if one.kind == "broadcast" and members[one.root] in joined:
+        return RankMismatch, f"broadcast: rank {members[one.root]}, its root, has joined"
+    if joined and one.kind == "alltoall":
+        return (
+            RankMismatch,
+            f"alltoall: {some(joined)} {'has' if len(joined) == 1 else 'have'} joined",
+        )
+    return None
+
+
+def some(ranks: Iterable[int]) -> str:
+    """Return "rank 3", "ranks 0, 2"; no more than the first eight."""
+    listed = sorted(ranks)
+    text = ", ".join(map(str, listed[:8])) + (", ..." if len(listed) > 8 else "")
+    return f"rank{'s' * (len(listed) != 1)} {text}"
+
+
+def _by_rank(told: Mapping[int, Any]) -> str:
+    """Return "ranks 0, 2: this; rank 1: that"."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, value in told.items():
+        ranks.setdefault(value, []).append(rank)
+    return "; ".join(f"{some(who)}: {value}" for value, who in ranks.items())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")

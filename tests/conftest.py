@@ -56,8 +56,8 @@ def maps_of(process: Path) -> str:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Bodies in tests/ranks run on several ranks: tests/test_ranks.py starts them."""
-    if collection_path.name == "ranks" and not IN_RANKS:
+    """Some bodies run on several ranks: tests/test_ranks.py and test_peers.py start them."""
+    if collection_path.name in ("ranks", "peers") and not IN_RANKS:
         return True
     return None
 

@@ -41,9 +41,13 @@ def test_on_the_stand_in_for_cupy(mpi: str, ranks: int, cuda_aware: str, tmp_pat
 def run_bodies(
     mpi: str, ranks: int, device: str, folder: Path, bodies: Sequence[str], **extra: str
 ) -> job.Result:
-    # -m mpi4py and -x: the first failure on any rank ends all ranks at once
-    pytest_line = ("-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider")
     files = [f"tests/ranks/test_{name}.py" for name in bodies] or ["tests/ranks"]
-    command = (sys.executable, "-m", "mpi4py", *pytest_line, *files)
     settings = {"MPIDL_TEST_RANKS": "1", "MPIDL_TEST_DEVICE": device, "MPIDL_TEST_TMP": str(folder)}
+    command = (sys.executable, *command_of(files))
     return job.run(mpi, ranks, *command, timeout=280, **settings, **extra)
+
+
+def command_of(files: Sequence[str]) -> tuple[str, ...]:
+    """Return Python's arguments to run these bodies: the first failure ends all ranks at once."""
+    line = ("-m", "mpi4py", "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider")
+    return (*line, *files)

@@ -59,6 +59,7 @@ LEVELS = {
     "__main__": 5,
     "bench": 5,
     "cli": 5,
+    "torch": 5,
 }
 FORBIDDEN = [  # besides what is above
     *((room, other) for room in ("average", "bucket", "collectives", "foreign", "packed",

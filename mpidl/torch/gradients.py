@@ -1,0 +1,235 @@
+"""Gradients of a torch module: put into buckets as they come, and averaged after backward."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mpidl.errors import InvalidArgument, MpidlError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpidl.bucket import Bucket
+    from mpidl.overlap import Overlap
+    from mpidl.strategies import Strategy
+    from mpidl.torch.buffers import Buffers
+    from mpidl.torch.places import Place
+    from mpidl.world import World
+
+
+class Gradients:
+    """Averages what backward leaves in `.grad`, at the end of each backward. Collective then.
+
+    A gradient is copied into its bucket when it is complete, and `.grad` becomes a view of it;
+    where it was computed there, or backward has added to such a view in place, nothing is copied.
+    When the last one is there, all are averaged over ranks, each rank's weighted by its samples.
+    `.grad` then holds the mean, on every rank.
+
+    Args:
+        frozen: parameters by name that were frozen at the start.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        strategy: Strategy,
+        buckets: Sequence[Bucket],
+        places: Sequence[Place],
+        frozen: dict[str, Any],
+    ) -> None:
+        self.world, self.strategy, self.places = world, strategy, places
+        self.wanted = True  #: whether backward is followed by averaging
+        self.overlap: Overlap | None = None
+        self.buffers: Buffers | None = None
+        self._frozen = frozen
+        self._rows: float | None = None  # that the module was called with
+        self._task: int | None = None  # of autograd, at whose end to average
+        self._fresh: set[int] = set()  # places whose gradients are not averaged yet
+        self._arrays = [flat.grad for flat in buckets]
+        self._listeners: list[list[Callable[[], None]]] = [[] for _ in places]
+        this = weakref.ref(self)
+        self._removals = []
+        for i, place in enumerate(places):
+
+            def complete(parameter: Any, i: int = i) -> None:
+                gradients = this()
+                if gradients is not None:
+                    gradients._complete(i, parameter)
+
+            hook = place.parameter.register_post_accumulate_grad_hook(complete)
+            self._removals.append(hook.remove)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are gradients that were not averaged, as after `no_sync`."""
+        return bool(self._fresh)
+
+    def begin(self, *_: Any) -> None:
+        """Note that a backward runs, to average at its end. In autograd; not collective."""
+        task = torch._C._current_graph_task_id()
+        if self.wanted and task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def forget_task(self) -> None:
+        """Note that no backward is running: an earlier one may have ended by an error."""
+        if self._task is not None:
+            self._task = None
+            for place in self.places:
+                place.born = False
+
+    def count(self, samples: float) -> None:
+        """Add to the samples behind the next average. Not collective."""
+        self._rows = (self._rows or 0.0) + samples
+
+    def samples(self) -> float:
+        """Return what was counted since the last average; 1 where nothing was."""
+        return 1.0 if self._rows is None else self._rows
+
+    def sources(self) -> dict[str, Source]:
+        """Return what tells of the gradient of each parameter that it is complete, by name."""
+        return {place.name: Source(self._listeners[i]) for i, place in enumerate(self.places)}
+
+    def close(self) -> None:
+        """End this. Not collective."""
+        for remove in self._removals:
+            remove()
+        if self.overlap is not None:
+            self.overlap.close()
+
+    def _complete(self, i: int, parameter: Any) -> None:
+        """Put a gradient into its bucket."""
+        place = self.places[i]
+        found = parameter.grad
+        if place.copied:
+            if self.wanted:  # until then it adds up as its own type does
+                place.flat_grad.copy_(dense(found).reshape(-1))
+        elif found is not place.grad:
+            if not (place.born and found.data_ptr() == place.grad.data_ptr()):
+                place.grad.copy_(dense(found))
+            parameter.grad = place.grad
+        place.born = False
+        self._fresh.add(i)
+        if self.wanted:
+            if self._task is None:  # no output of the module told: the loss was made of others
+                self.begin()
+            for listener in self._listeners[i]:
+                listener()
+
+    def _end(self) -> None:
+        self._task = None
+        if self._fresh:  # else it was not for these parameters
+            self.average()
+
+    def average(self, weight: float | None = None) -> float:
+        """Average, and return the samples of all ranks; 0 where no rank has any. Collective."""
+        problem = self._problem()
+        if weight is None:
+            weight = self.samples()
+        missing = self._fill(weight)
+        averaged = False
+        if self.overlap is not None:
+            averaged, irregular = self.overlap.finish(weight)
+            problem = problem or irregular
+        leading = self.world.rank == 0 and weight > 0
+        sums = self.world.sum([weight, problem is not None, bool(missing), leading])
+        total, problems, unused, leads = map(float, sums)
+        self._fresh.clear()
+        self._rows = None
+        if problems:
+            self.world.agree(problem)
+        if not total:
+            return 0.0
+        if not averaged:
+            for i, part, mean in self.strategy.stream(self._arrays, weight / total):
+                self.strategy.keep(self._arrays[i], part, mean)
+        for grad in self._arrays:
+            self.strategy.complete(grad)
+        self._show(self._used(missing) if unused else None)
+        if self.buffers is not None:
+            self.buffers.broadcast(0 if leads else self._first(weight))
+        return total
+
+    def _first(self, weight: float) -> int:
+        """Return the lowest rank that has samples. Collective."""
+        world = self.world
+        lowest: int = world.comm.allreduce(world.rank if weight else world.size, world.MPI.MIN)
+        return lowest
+
+    def _fill(self, weight: float) -> list[int]:
+        """Fill gradients that this rank does not have with 0, and return their places' numbers."""
+        missing = []
+        for i, place in enumerate(self.places):
+            found = place.parameter.grad
+            if found is None:
+                missing.append(i)
+            if found is None or not weight:  # without samples it may be NaN
+                place.flat_grad.zero_()
+            elif place.copied:
+                if i not in self._fresh:
+                    place.flat_grad.copy_(dense(found).reshape(-1))
+            elif found is not place.grad:  # a user's own
+                place.grad.copy_(dense(found))
+        return missing
+
+    def _used(self, missing: list[int]) -> list[bool]:
+        """Return which places any rank has a gradient for. Collective."""
+        used = np.ones(len(self.places), np.uint8)
+        used[missing] = 0
+        self.world.comm.Allreduce(self.world.MPI.IN_PLACE, used, op=self.world.MPI.MAX)
+        return used.astype(bool).tolist()
+
+    def _show(self, used: list[bool] | None) -> None:
+        """Let `.grad` be the mean. Where no rank had one, it stays None, as on one process."""
+        for i, place in enumerate(self.places):
+            if used is not None and not used[i]:
+                continue
+            if place.copied:
+                place.grad.view(-1).copy_(place.flat_grad)
+            if place.parameter.grad is not place.grad:
+                place.parameter.grad = place.grad
+
+    def _problem(self) -> MpidlError | None:
+        """Return what is wrong with a parameter that is not as it was at the start."""
+        for place in self.places:
+            if place.parameter.data_ptr() != place.pointer:
+                return InvalidArgument(
+                    f"parameter {place.name} has left its bucket: copy values into parameters, and "
+                    "move a module or change its dtype before DataParallel is made"
+                )
+        for name, parameter in self._frozen.items():
+            if parameter.grad is not None:
+                return InvalidArgument(
+                    f"parameter {name} was frozen when DataParallel was made, and has a gradient, "
+                    "which would not be averaged: make DataParallel after requires_grad_(True)"
+                )
+        return None
+
+
+class Source:
+    """Tells of one parameter's gradient, as `Overlap` wants to be told."""
+
+    def __init__(self, listeners: list[Callable[[], None]]) -> None:
+        self._listeners = listeners
+
+    def on_gradient(self, hook: Callable[[Any], None]) -> Callable[[], None]:
+        """Call `hook` with this when the gradient is complete, and will be averaged."""
+
+        def listener() -> None:
+            hook(self)
+
+        def remove() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        self._listeners.append(listener)
+        return remove
+
+
+def dense(gradient: Any) -> Any:
+    """Return a gradient with all its zeros."""
+    return gradient.to_dense() if gradient.is_sparse else gradient

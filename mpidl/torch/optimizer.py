@@ -1,0 +1,233 @@
+"""`DistributedOptimizer`: any optimizer of torch.optim, on gradients averaged over ranks."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpidl.errors import InvalidArgument
+from mpidl.torch.adasum import AdasumSteps
+from mpidl.torch.averages import Averages
+from mpidl.torch.compression import Compression
+from mpidl.torch.process_sets import ProcessSet, global_process_set
+from mpidl.torch.reduce_op import Adasum, Average, reduction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+Tensor = Any
+
+_numbers = itertools.count()
+
+
+def DistributedOptimizer(
+    optimizer: Any,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Any = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | Sequence[Sequence[Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: ProcessSet = global_process_set,
+) -> Any:
+    """Return `optimizer` as one that averages gradients over ranks before each step.
+
+    It is an instance of the optimizer's class, with its groups and state. Each gradient begins its
+    way while backward still computes others; `step` waits for all, and is collective. A gradient
+    that this rank did not compute counts as 0.
+
+    To change averaged gradients before the step (clipping, say), call `synchronize` before; `step`
+    then averages nothing a second time, in `skip_synchronize` or not. Whoever reads `param_groups`,
+    as a GradScaler does, also finds averaged gradients. A closure is called with all of this in
+    it: its gradients and its loss are averaged each time, so that a line search goes the same way
+    on every rank.
+
+    Args:
+        optimizer: any of torch.optim, or like them.
+        named_parameters: names and parameters, all that the optimizer has, and perhaps more;
+            None: they are named by their place.
+        compression: what narrows gradients on their way, see `Compression`.
+        backward_passes_per_step: so many passes add to the gradients before they are averaged.
+        op: Average, Sum, or Adasum, which lets each rank make its own step, and combines these.
+        gradient_predivide_factor: with Average, gradients are divided by it before they are added
+            up, and by ranks / factor after: against overflow in 16 bits.
+        num_groups: an old name for a number of `groups`.
+        groups: so many groups of gradients, or lists of their parameters: a group begins when all
+            of it is there.
+        sparse_as_dense: sparse gradients travel as dense ones; without it, as values and indices.
+        process_set: the ranks to average over; on others the optimizer works alone.
+
+    Raises InvalidArgument, a ValueError, for names that are missing or not unique, and for values
+    that cannot be.
+    """
+    op = reduction(op, None)
+    if gradient_predivide_factor != 1.0 and op != Average:
+        raise InvalidArgument("gradient_predivide_factor: expected op=Average with it")
+    if backward_passes_per_step < 1 or gradient_predivide_factor <= 0:
+        raise InvalidArgument(
+            f"{backward_passes_per_step=}, {gradient_predivide_factor=}: expected 1 or more, and "
+            "more than 0"
+        )
+    mixin: Any = AdasumSteps if op == Adasum else _Averaged
+    kind = type(optimizer)
+    made: Any = object.__new__(type(kind.__name__, (mixin, kind), {}))
+    # A scheduler that knows `optimizer` has put its `step` there: it is not this one's.
+    made.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
+    prefix, names = _names(optimizer, named_parameters)
+    made._averages = Averages(
+        prefix=prefix,
+        names=names,
+        groups=_groups(optimizer, groups if groups is not None else num_groups),
+        compression=compression,
+        passes=backward_passes_per_step,
+        op=op,
+        predivide=gradient_predivide_factor,
+        sparse_as_dense=sparse_as_dense,
+        process_set=process_set,
+    )
+    made._averages.watch(made.param_groups, begin=op != Adasum)
+    return made
+
+
+class _Averaged:
+    """What an optimizer gets besides its own."""
+
+    _averages: Averages
+
+    @property
+    def param_groups(self) -> Any:
+        """The groups. Where gradients are on their way, this waits for them, and is collective."""
+        if self._averages.begun:
+            self.synchronize()
+        return self.__dict__["param_groups"]
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        self.__dict__["param_groups"] = groups
+
+    def synchronize(self) -> None:
+        """Wait until all gradients are averaged. Collective.
+
+        Those that no backward has computed here take part as zeros. Raises on every rank
+        HorovodInternalError where gradients differ in shape or dtype between ranks.
+        """
+        self._averages.finish(self.__dict__["param_groups"])
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Let `step` in this context take the gradients as they are. Not collective."""
+        self._averages.skip = True
+        try:
+            yield
+        finally:
+            self._averages.skip = False
+
+    def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """Average the gradients, unless `synchronize` did, and make the step. Collective."""
+        averages = self._averages
+        if averages.skip:
+            return super().step(closure, **options)  # type: ignore[misc]
+        if closure is not None:
+            found = super().step(self._around(closure), **options)  # type: ignore[misc]
+        else:
+            if not averages.done:
+                self.synchronize()
+            found = super().step(**options)  # type: ignore[misc]
+        averages.done = False
+        return found
+
+    step.hooked = True  # type: ignore[attr-defined]  # hooks are called in torch's own
+
+    def zero_grad(self, *arguments: Any, **options: Any) -> None:
+        """Forget the gradients. Where some are on their way, it warns, and waits for them."""
+        if self._averages.begun:
+            warnings.warn(
+                "zero_grad() after backward(), but before step() or synchronize(): gradients were "
+                "on their way to the other ranks",
+                stacklevel=2,
+            )
+            self.synchronize()
+        self._averages.done = False
+        super().zero_grad(*arguments, **options)  # type: ignore[misc]
+
+    def add_param_group(self, group: Any) -> None:
+        """Add a group, whose gradients are averaged too; its names come from its place."""
+        super().add_param_group(group)  # type: ignore[misc]
+        if "_averages" in self.__dict__:
+            self._averages.watch(self.__dict__["param_groups"])
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Average after so many backward passes from now on. Not collective; alike on all ranks."""
+        if passes < 1:
+            raise InvalidArgument(f"{passes} backward passes per step: expected 1 or more")
+        self._averages.passes = passes
+        self._averages.count_anew()
+
+    def forget(self) -> None:
+        """Wait for nothing any more that is on its way, after an error. Not collective."""
+        self._averages.forget()
+
+    def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def averaged() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self.synchronize()
+            self._averages.done = False
+            return self._averages.mean(loss)
+
+        return averaged
+
+
+def _names(
+    optimizer: Any, named_parameters: Iterable[tuple[str, Tensor]] | None
+) -> tuple[str, dict[int, str]]:
+    """Return what all names begin with, and each parameter's, by its id. Raises InvalidArgument.
+
+    The optimizers of a program are numbered: several may have gradients on their way at once.
+    """
+    number = next(_numbers)
+    prefix = f"gradient{number or ''}"
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if named_parameters is None:
+        return prefix, {}
+    named = list(named_parameters)
+    if not all(isinstance(item, tuple) and len(item) == 2 for item in named):
+        raise InvalidArgument(
+            "named_parameters: expected pairs, as model.named_parameters() gives them"
+        )
+    twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
+    if twice:
+        raise InvalidArgument(f"named_parameters: expected each name once, not {', '.join(twice)}")
+    names = {id(p): f"{prefix}.{name}" for name, p in named}
+    missing = [tuple(p.shape) for p in params if id(p) not in names]
+    if missing:
+        raise InvalidArgument(
+            "named_parameters: expected all parameters of the optimizer, but those of shapes "
+            f"{missing} are not among them"
+        )
+    return prefix, names
+
+
+def _groups(optimizer: Any, groups: int | Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Return the parameters of each group that is asked for. Raises InvalidArgument."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if isinstance(groups, int):
+        if groups < 0:
+            raise InvalidArgument(f"{groups=}: expected 0 or more")
+        bounds = [len(params) * i // groups for i in range(groups + 1)] if groups else []
+        return [params[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+    if not all(isinstance(group, (list, tuple)) for group in groups):
+        raise InvalidArgument("groups: expected a number, or lists of parameters")
+    here = {id(p) for p in params}
+    chosen = [[p for p in group if id(p) in here] for group in groups]
+    ids = [id(p) for group in chosen for p in group]
+    if len({*ids}) < len(ids):
+        raise InvalidArgument("groups: expected each parameter in one group at most")
+    return [group for group in chosen if group]

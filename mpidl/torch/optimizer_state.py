@@ -1,0 +1,208 @@
+"""The state of a torch optimizer whose parameters have several owners."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpidl import shared
+from mpidl.errors import InvalidArgument
+from mpidl.torch.places import shaped, tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpidl.bucket import Bucket
+    from mpidl.strategies import Strategy
+    from mpidl.torch.places import Place
+    from mpidl.world import World
+
+    State = dict[Any, dict[str, Any]]
+
+MADE = "made"  # beside the numbers that a state holds: whether there is one
+PROBE = 3  # elements: a shape that no number has
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one parameter that this rank updates."""
+
+    place: int  #: number of the parameter
+    part: slice  #: of its bucket
+    values: Any  #: tensor (n,) of real numbers, in the bucket; what the optimizer is given
+    grad: Any  #: tensor (n,)
+
+
+def shards_of(
+    strategy: Strategy, buckets: Sequence[Bucket], places: Sequence[Place]
+) -> list[Shard]:
+    """Return what this rank owns, in the order of `places`."""
+    found = []
+    for number, place in enumerate(places):
+        flat = buckets[place.bucket]
+        first, last, _ = strategy.owned(flat.param.size).indices(flat.param.size)
+        low, high = max(place.part.start, first), min(place.part.stop, last)
+        if low < high:
+            part = slice(low, high)
+            found.append(Shard(number, part, tensor(flat.param)[part], tensor(flat.grad)[part]))
+    return found
+
+
+class OptimizerState:
+    """Keeps the state of all shards where it can be read as that of whole parameters.
+
+    Per-element state lies in one array for each bucket and name; numbers, such as a count of steps,
+    in a table with a row for each owner. Both are shared by the ranks of a node where these share
+    their parameters. Elsewhere `gather` completes them. Collective.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        world: World,
+        strategy: Strategy,
+        buckets: Sequence[Bucket],
+        places: Sequence[Place],
+    ) -> None:
+        self.sharded: State = defaultdict(dict)  #: by `Shard.values`: the optimizer's, in a step
+        self.shards = shards_of(strategy, buckets, places)
+        self._world, self._strategy, self._places = world, strategy, places
+        self._group = world.on_node() if strategy.shared else world
+        self._groups = [buckets[place.bucket].group for place in places]
+        self._flat: list[dict[str, Any]] = []  # of each bucket: name -> tensor (n,)
+        kinds = [kinds_of(optimizer, group) for group in optimizer.param_groups]
+        for flat in buckets:
+            size, like = flat.param.size, tensor(flat.param[:0])
+            names = kinds[flat.group][0]
+            self._flat.append({n: self._tensor((size,), d or like.dtype, like.device)
+                               for n, d in names.items()})  # fmt: skip
+        table = (self._group.size, len(places))
+        numbers = {name: dtype for _, found in kinds for name, dtype in found.items()}
+        self._numbers = {
+            name: self._tensor(table, dtype, torch.device("cpu"))
+            for name, dtype in {MADE: torch.uint8, **numbers}.items()
+        }
+        owned = [self._group.gather(strategy.owned(flat.param.size)) for flat in buckets]
+        self._owners = [
+            next(r for r, part in enumerate(owned[place.bucket])
+                 if part.start <= place.part.start < part.stop)
+            for place in places
+        ]  # fmt: skip
+        self._kept: set[int] = set()  # places
+        self._complete = strategy.shared
+
+    def _tensor(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+        """Return zeros, which all ranks of the node share if they share their parameters."""
+        if not self._strategy.shared:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        count = torch.Size(shape).numel()
+        memory = shared.allocate(self._world, max(1, count * dtype.itemsize))
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+    def keep(self) -> None:
+        """Move what the optimizer made in this step to where it is kept. Not collective."""
+        self._complete = self._strategy.shared
+        for shard in self.shards:
+            state = self.sharded.get(shard.values)
+            if state and shard.place not in self._kept:
+                self._keep(shard, state)
+
+    def _keep(self, shard: Shard, state: dict[str, Any]) -> None:
+        self._kept.add(shard.place)
+        self._numbers[MADE][self._group.rank, shard.place] = 1
+        flat = self._flat[self._places[shard.place].bucket]
+        for name, value in state.items():
+            if not torch.is_tensor(value):
+                continue
+            if name in flat:
+                kept = flat[name][shard.part]
+            elif name in self._numbers:
+                kept = self._numbers[name][self._group.rank, shard.place]
+            else:
+                raise InvalidArgument(f"optimizer state {name!r}: not known when it was made")
+            kept.copy_(value.reshape(kept.shape))
+            state[name] = kept
+
+    def scatter(self, state: State) -> None:
+        """Take over the state of whole parameters: one that was loaded, say. Not collective."""
+        self.sharded.clear()
+        self._kept.clear()
+        for shard in self.shards:
+            place = self._places[shard.place]
+            first = shard.part.start - place.part.start
+            part = slice(first, first + shard.part.stop - shard.part.start)
+            mine = {
+                name: real(value)[part].clone()
+                if torch.is_tensor(value) and name in self._flat[place.bucket]
+                else copy.copy(value)
+                for name, value in state.get(place.parameter, {}).items()
+            }
+            if mine:
+                self.sharded[shard.values] = mine
+        self.keep()
+
+    def gather(self) -> None:
+        """Let every rank have all of it. Collective."""
+        if not self._strategy.shared:
+            for flat in self._flat:
+                for value in flat.values():
+                    self._strategy.share(value.numpy())
+            for table in self._numbers.values():
+                rows = self._world.gather(table[self._world.rank].numpy())
+                for row, found in zip(table, rows, strict=True):
+                    row.copy_(torch.from_numpy(found))
+        self._complete = True
+
+    def whole(self) -> State:
+        """Return the state of whole parameters, as one process would have it. Not collective.
+
+        Raises InvalidArgument where this rank does not have all of it.
+        """
+        if not self._complete:
+            raise InvalidArgument(
+                f"optimizer.state_dict(): {type(self._strategy).__name__} keeps its parts on "
+                "several ranks: call DataParallel.gather_optimizer_state() on all ranks first"
+            )
+        found: State = {}
+        for number, place in enumerate(self._places):
+            owner = self._owners[number]
+            if not self._numbers[MADE][owner, number]:
+                continue
+            state = {n: table[owner, number] for n, table in self._numbers.items() if n != MADE}
+            for name, value in self._flat[place.bucket].items():
+                state[name] = shaped(value[place.part], place.parameter)
+            found[place.parameter] = state
+        return found
+
+
+def real(value: Any) -> Any:
+    """Return a tensor as one of real numbers (n,)."""
+    return (torch.view_as_real(value) if value.is_complex() else value).reshape(-1)
+
+
+def kinds_of(optimizer: Any, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the names and dtypes of the state that `optimizer` keeps for a parameter of `group`.
+
+    First what it keeps for each element, where None means the parameter's dtype; then numbers.
+    Found out by a step of a copy of it, with a parameter of its own.
+    """
+    probe = copy.copy(optimizer)
+    parameter = torch.nn.Parameter(torch.ones(PROBE))
+    parameter.grad = torch.ones(PROBE)
+    settings = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params",)}
+    probe.state = defaultdict(dict)
+    probe.param_groups = [{**settings, "params": [parameter]}]
+    probe._optimizer_step_pre_hooks = OrderedDict()
+    probe._optimizer_step_post_hooks = OrderedDict()
+    with torch.no_grad():
+        type(optimizer).step(probe)
+    tensors = {n: v for n, v in probe.state[parameter].items() if torch.is_tensor(v)}
+    return (
+        {n: None if v.dtype == parameter.dtype else v.dtype
+         for n, v in tensors.items() if v.shape == parameter.shape},
+        {n: v.dtype for n, v in tensors.items() if v.shape != parameter.shape},
+    )  # fmt: skip

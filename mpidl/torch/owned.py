@@ -1,0 +1,161 @@
+"""A torch optimizer that updates, on each rank, what this rank owns."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpidl.errors import InvalidArgument
+from mpidl.torch.optimizer_state import OptimizerState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpidl.bucket import Bucket
+    from mpidl.strategies import Strategy
+    from mpidl.torch.gradients import Gradients
+    from mpidl.torch.places import Place
+    from mpidl.world import World
+
+#: Of torch.optim: whose update of an element looks at no other.
+BY_ELEMENT = (
+    "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD",
+    "Rprop",
+)  # fmt: skip
+
+
+def steps_by_element(optimizer: Any) -> bool:
+    """Tell whether `optimizer` is one of torch's that treat each element by itself."""
+    kind = type(optimizer)
+    return kind.__name__ in BY_ELEMENT and kind.__module__.startswith("torch.optim.")
+
+
+class OwnedSteps:
+    """Lets `optimizer.step()` update the owned parts of parameters, and publish them. Collective.
+
+    Only while it runs the optimizer's groups hold those parts, as tensors (n,), and its state
+    theirs. Before and after, groups and `state_dict` are those of whole parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        world: World,
+        strategy: Strategy,
+        buckets: Sequence[Bucket],
+        places: Sequence[Place],
+        gradients: Gradients,
+    ) -> None:
+        self.optimizer, self._strategy, self._buckets = optimizer, strategy, buckets
+        self._places, self._gradients = places, gradients
+        self.state = OptimizerState(optimizer, world, strategy, buckets, places)
+        self._group_of = {id(p.parameter): buckets[p.bucket].group for p in places}
+        self._params: list[list[Any]] | None = None  # the groups', in a step
+        self._shows = False
+        self._take_over()
+        this = weakref.ref(self)
+
+        def hook(method: str) -> Any:
+            def call(_: Any, *args: Any) -> Any:
+                steps = this()
+                return None if steps is None else getattr(steps, method)(*args)
+
+            return call
+
+        self._removals = [
+            optimizer.register_step_pre_hook(hook("_before")).remove,
+            optimizer.register_step_post_hook(hook("_after")).remove,
+            optimizer.register_state_dict_pre_hook(hook("_show")).remove,
+            optimizer.register_state_dict_post_hook(hook("_hide")).remove,
+        ]
+
+    def close(self) -> None:
+        """Leave the optimizer alone, with the state of whole parameters. Collective."""
+        for remove in self._removals:
+            remove()
+        self.state.gather()
+        whole = self.state.whole()
+        self.optimizer.state.update(
+            {
+                p: {name: value.clone() for name, value in state.items()}
+                for p, state in whole.items()
+            }
+        )
+
+    def _take_over(self) -> None:
+        """Take the state of whole parameters that the optimizer has, if it was given one."""
+        if self.optimizer.state:
+            self.state.scatter(self.optimizer.state)
+            self.optimizer.state.clear()
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the optimizer what is owned."""
+        if self._params is not None:  # the last step ended by an error
+            self._restore()
+        args, kwargs = with_closure_called(args, kwargs)
+        if self._gradients.pending:
+            raise InvalidArgument(
+                "optimizer.step() with gradients that were not averaged: end no_sync() before the "
+                "last backward"
+            )
+        groups = self.optimizer.param_groups
+        for i, group in enumerate(groups):
+            if any(self._group_of.get(id(p)) != i for p in group["params"] if p.requires_grad):
+                raise InvalidArgument(
+                    f"optimizer group {i} has other parameters than when DataParallel was made"
+                )
+        self._take_over()
+        mine: list[list[Any]] = [[] for _ in groups]
+        for shard in self.state.shards:
+            place = self._places[shard.place]
+            found = place.parameter.grad
+            if found is not None and found is not place.grad:
+                place.grad.copy_(found)
+                place.parameter.grad = place.grad
+            shard.values.grad = None if found is None else shard.grad
+            mine[self._buckets[place.bucket].group].append(shard.values)
+        self._params = [group["params"] for group in groups]
+        for group, params in zip(groups, mine, strict=True):
+            group["params"] = params
+        self.optimizer.state = self.state.sharded
+        return args, kwargs
+
+    def _after(self, *_: Any) -> None:
+        """Publish what was updated."""
+        self._restore()
+        self.state.keep()
+        for flat in self._buckets:
+            self._strategy.share(flat.param)
+
+    def _restore(self) -> None:
+        assert self._params is not None
+        for group, params in zip(self.optimizer.param_groups, self._params, strict=True):
+            group["params"] = params
+        self._params = None
+        self.state.sharded = self.optimizer.state
+        self.optimizer.state = defaultdict(dict)
+
+    def _show(self) -> None:
+        """Let `state_dict` see the state of whole parameters."""
+        self._shows = not self.optimizer.state  # else it is one that was loaded, and is whole
+        if self._shows:
+            self.optimizer.state.update(self.state.whole())
+
+    def _hide(self, _: Any) -> None:
+        if self._shows:
+            self.optimizer.state.clear()
+
+
+def with_closure_called(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the arguments of `step`, with its closure called already: it needs the gradients."""
+    optimizer, *rest = args
+    closure = kwargs.get("closure", rest[0] if rest else None)
+    if closure is None:
+        return args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+    others = {key: value for key, value in kwargs.items() if key != "closure"}
+    return (optimizer, lambda: loss), others

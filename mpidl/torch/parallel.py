@@ -1,0 +1,273 @@
+"""`mpidl.torch.DataParallel`: a torch module whose gradients are averaged over ranks."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from mpidl import bucket, codecs, strategies
+from mpidl.arguments import check_averaging
+from mpidl.errors import InvalidArgument
+from mpidl.overlap import Overlap, for_thread, made_for_thread
+from mpidl.torch import linear, places
+from mpidl.torch.buffers import Buffers
+from mpidl.torch.gradients import Gradients
+from mpidl.torch.owned import OwnedSteps, steps_by_element
+from mpidl.world import World, current
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from mpidl.strategies import Strategy
+
+
+class DataParallel(torch.nn.Module):  # type: ignore[misc]
+    """Wraps `module`: after each backward `.grad` holds the mean over all ranks. Collective.
+
+    All ranks start from rank 0's parameters and buffers. Call this in place of the module; train as
+    before: clip gradients, scale losses, skip steps, use any optimizer, any scheduler. With
+    `optimizer`, each rank updates only what it owns where the strategy works that way: on one node
+    "hierarchical", whose ranks share one copy of the parameters and of the optimizer's state.
+    `optimizer.step()` is collective then. Its `param_groups`, its `state_dict` and the module's are
+    those of one process.
+
+    A gradient counts by its rank's samples: the rows of the first tensor that the module is called
+    with, in all calls since the last average; by `batch_dim=None` all ranks count the same.
+
+    Raises on every rank: UnknownStrategy; UnsupportedDtype; RankMismatch where the modules differ
+    between ranks in names, shapes, dtypes, or in what is frozen, or arguments do; InvalidArgument
+    for what cannot be trained, and for an optimizer of other parameters. Backward raises on every
+    rank where any rank has replaced a parameter's memory, or trains what was frozen at the start.
+
+    Args:
+        module: any torch module, on the device it is to train on.
+        optimizer: of `torch.optim`, made with this module's parameters.
+        strategy: a name in `strategies.STRATEGIES`, a strategy, or "auto": see `choice`.
+        codec: a name in `codecs.CODECS` or a codec, for a strategy that moves the bytes itself.
+        world: by default `mpidl.init()`.
+        by_element: whether the optimizer treats each element by itself, so that a rank can update a
+            part of a parameter. Known of torch's own (None); False for one that looks at whole
+            parameters: each rank then makes the whole update.
+        batch_dim: which dimension counts samples. None: ranks have equal weights.
+        broadcast_buffers: give all ranks rank 0's buffers (running means) after each backward.
+        overlap: average while backward goes on; "auto": where there are several nodes. See
+            `mpidl.DataParallel`.
+        bucket_bytes: about how large a bucket is. "auto": the size that is found the best.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        optimizer: Any = None,
+        strategy: str | Strategy = "auto",
+        codec: codecs.Spec = None,
+        *,
+        world: World | None = None,
+        by_element: bool | None = None,
+        batch_dim: int | None = 0,
+        broadcast_buffers: bool = True,
+        overlap: bool | str = "auto",
+        bucket_bytes: int | str = "auto",
+    ) -> None:
+        super().__init__()
+        self.world = world = world or current()
+        self.module, self.optimizer = module, optimizer
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        check_same(world, module)
+        with world.together():
+            places.check(trained)
+            check_averaging(overlap, bucket_bytes)
+            if getattr(strategy, "asynchronous", False):
+                raise InvalidArgument("an asynchronous strategy: expected one that averages")
+            group_of = groups_of(optimizer, trained, frozen)
+        half = any(p.dtype in places.HALF for p in trained.values())
+        if by_element is None:
+            by_element = steps_by_element(optimizer)
+        owns = optimizer is not None and by_element and not half  # parts of parameters, if any
+        world.same(
+            f"{bucket_bytes=}, {overlap=}, {batch_dim=}, {broadcast_buffers=}, {owns=}, "
+            f"optimizer={type(optimizer).__name__}",
+            "DataParallel",
+        )
+        size = places.size_bytes(trained)
+        on_device = any(p.is_cuda for p in trained.values())
+        beside = for_thread(
+            world,
+            overlap,
+            ("a strategy that was made for this thread", not made_for_thread(strategy)),
+            ("a module on the GPU", on_device),
+        )
+        self.choice = strategies.make(
+            strategy, beside or world, size, codec=codec, on_device=on_device
+        )
+        self.strategy = self.choice.strategy
+        owns = owns and in_parts(world, self.strategy)
+        at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
+        values = {name: p.detach() for name, p in trained.items()}
+        self.buckets, self._places = places.lay_out(
+            trained, self.strategy, at_once, group_of, moves=owns
+        )
+        if owns:
+            places.publish(values, world, self.strategy, self.buckets)
+        else:
+            places.broadcast(list(trained.values()), world)
+        places.broadcast([*frozen.values(), *module.buffers()], world)
+        self._batch_dim = batch_dim
+        self._gradients = Gradients(world, self.strategy, self.buckets, self._places, frozen)
+        if broadcast_buffers:
+            self._gradients.buffers = Buffers(module, world)
+        self._give_back = linear.adopt(module, self._places)
+        self._owned = (
+            OwnedSteps(
+                optimizer,
+                beside or world,  # which knows the nodes as the strategy does
+                self.strategy,
+                self.buckets,
+                self._places,
+                self._gradients,
+            )
+            if owns
+            else None
+        )
+        if beside is not None:
+            self._gradients.overlap = Overlap(
+                world,
+                beside,
+                self.strategy,
+                self.buckets,
+                self._gradients.sources(),
+                self._gradients.samples,
+                group_bytes=None if bucket_bytes == "auto" else at_once,
+                asked=overlap is True,
+                keeps=True,
+            )
+        self._end = weakref.finalize(self, self._gradients.close)
+        self._end.atexit = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module. Not collective."""
+        result = self.module(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self._gradients.forget_task()
+            if self.module.training:
+                self._gradients.count(self._samples((args, kwargs)))
+            for output in pytree.tree_leaves(result):
+                if torch.is_tensor(output) and output.requires_grad:
+                    output.register_hook(self._gradients.begin)
+        return result
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients of this rank add up in here: the next backward outside averages the sum."""
+        gradients, self._gradients.wanted = self._gradients, False
+        try:
+            yield
+        finally:
+            gradients.wanted = True
+
+    @contextmanager
+    def join(self, update: Callable[[], Any] | None = None) -> Iterator[None]:
+        """Let ranks come to the end of this context after different numbers of steps. Collective.
+
+        A rank that is there takes part in the steps of the others, without samples. `update` is
+        what follows each backward, by default `optimizer.step`: pass what also clips, or sets the
+        rate, if you do.
+        """
+        yield
+        if update is None and self._owned is not None:
+            update = self.optimizer.step
+        while self._gradients.average(0.0):
+            if update is not None:
+                update()
+
+    def average_gradients(self, samples: float = 0.0) -> None:
+        """Take part in averaging where this rank has no backward to make. Collective."""
+        self._gradients.average(samples)
+
+    def gather_optimizer_state(self) -> None:
+        """Let every rank have what `optimizer.state_dict()` needs. Collective.
+
+        Only "sharded" and "parameter_server" need it, after the last step.
+        """
+        if self._owned is not None:
+            self._owned.state.gather()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the module's. Not collective."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Copy `state` into the module, as its own method does. Collective."""
+        self.world.barrier()  # nobody reads the old values any more
+        found = self.module.load_state_dict(state, *args, **kwargs)
+        self.world.barrier()
+        return found
+
+    def close(self) -> None:
+        """Give back what the strategy took. Collective.
+
+        Module and optimizer stay usable: parameters move to memory that is this rank's alone.
+        """
+        self._end()
+        self._give_back()
+        if self._owned is not None:
+            self._owned.close()
+        for place in self._places:
+            place.parameter.data = place.parameter.data.clone()
+            place.parameter.grad = None
+        self.strategy.close()
+        self.buckets.clear()
+        self._places.clear()
+
+    def _samples(self, inputs: Any) -> float:
+        """Return the rows of the first tensor among `inputs`; 1 where samples do not count."""
+        if self._batch_dim is None:
+            return 1.0
+        for value in pytree.tree_leaves(inputs):
+            if torch.is_tensor(value) and value.ndim > self._batch_dim:
+                return float(value.shape[self._batch_dim])
+        return 1.0
+
+
+def in_parts(world: World, strategy: Strategy) -> bool:
+    """Tell whether the ranks own different parts of an array. Collective."""
+    size = 1 << 20
+    return any(part != slice(0, size) for part in world.gather(strategy.owned(size)))
+
+
+def check_same(world: World, module: Any) -> None:
+    """Compare parameters and buffers with rank 0's, all but their values. Collective."""
+    mine = places.describe(module)
+    first = world.broadcast(mine)
+    pairs = zip(mine + ["no more"] * len(first), first + ["no more"] * len(mine), strict=False)
+    world.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
+
+
+def groups_of(
+    optimizer: Any, trained: Mapping[str, Any], frozen: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the optimizer's group of each parameter to train; 0 without an optimizer.
+
+    Raises InvalidArgument where they are not the optimizer's parameters.
+    """
+    if optimizer is None:
+        return dict.fromkeys(trained, 0)
+    groups = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    names = {id(p): name for name, p in (*trained.items(), *frozen.items())}
+    if set(groups) - set(names):
+        raise InvalidArgument(
+            "the optimizer has parameters that are not the module's: make it with "
+            "module.parameters(), after the module was moved or changed"
+        )
+    for name, p in trained.items():
+        if id(p) not in groups:
+            raise InvalidArgument(
+                f"parameter {name} is to train, and the optimizer does not have it: add it, or "
+                "freeze it by requires_grad_(False)"
+            )
+    return {name: groups[id(p)] for name, p in trained.items()}

@@ -1,0 +1,182 @@
+"""Where the parameters of a torch module, and their gradients, live: in the strategy's buckets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mpidl import bucket
+from mpidl.array import device_namespace
+from mpidl.errors import InvalidArgument, UnsupportedDtype
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpidl.array import Array
+    from mpidl.bucket import Bucket
+    from mpidl.strategies import Strategy
+    from mpidl.world import World
+
+HALF = (torch.float16, torch.bfloat16)
+#: The real numbers that a dtype's gradients are averaged as.
+AVERAGED_AS = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float32,
+    torch.bfloat16: np.float32,
+    torch.complex64: np.float32,
+    torch.complex128: np.float64,
+}
+
+
+@dataclass(slots=True)
+class Place:
+    """One parameter, and what of it lies in a bucket."""
+
+    name: str
+    parameter: Any  #: torch.nn.Parameter
+    bucket: int
+    part: slice  #: of the bucket
+    flat_grad: Any  #: tensor (n,): of real numbers, in the bucket
+    grad: Any  #: what `parameter.grad` is to be: a view of `flat_grad`, or a copy of a half type's
+    pointer: int = 0  #: where the parameter's values are
+    born: bool = False  #: whether this step's gradient was computed in the bucket; see `linear`
+    node: Any = None  #: of autograd, which makes the gradient `.grad`
+
+    @property
+    def copied(self) -> bool:
+        """Whether the mean must be copied from the bucket."""
+        return self.parameter.dtype in HALF
+
+
+def tensor(flat: Array) -> Any:
+    """Return a torch tensor on the memory of `flat`. On a GPU by DLPack."""
+    return torch.from_numpy(flat) if isinstance(flat, np.ndarray) else torch.from_dlpack(flat)
+
+
+def array(value: Any) -> Array:
+    """Return a flat array of real numbers on the memory of a contiguous tensor of such."""
+    value = value.detach().reshape(-1)
+    return value.numpy() if value.device.type == "cpu" else device_namespace("cuda").asarray(value)
+
+
+def stand_in(parameter: Any) -> Array:
+    """Return an array of the shape and dtype that the gradient is averaged in; without memory."""
+    shape = tuple(parameter.shape) + (2,) * parameter.is_complex()
+    xp = np if parameter.device.type == "cpu" else device_namespace("cuda")
+    return xp.broadcast_to(xp.zeros((), AVERAGED_AS[parameter.dtype]), shape)
+
+
+def check(parameters: Mapping[str, Any]) -> None:
+    """Raise InvalidArgument or UnsupportedDtype for what cannot be trained. Not collective."""
+    if not parameters:
+        raise InvalidArgument("DataParallel: the module has no parameters to train")
+    for name, p in parameters.items():
+        if torch.nn.parameter.is_lazy(p):
+            raise InvalidArgument(f"parameter {name} has no shape yet: call the module once first")
+        if p.dtype not in AVERAGED_AS:
+            known = ", ".join(str(d).removeprefix("torch.") for d in AVERAGED_AS)
+            raise UnsupportedDtype(f"parameter {name} has dtype {p.dtype}; supported are {known}")
+        if p.device.type not in ("cpu", "cuda"):
+            raise InvalidArgument(f"parameter {name} is on {p.device}: expected the CPU or CUDA")
+    devices = {str(p.device) for p in parameters.values()}
+    if len(devices) > 1:
+        raise InvalidArgument(
+            f"the parameters are on {', '.join(sorted(devices))}: expected one device a rank"
+        )
+
+
+def lay_out(
+    parameters: Mapping[str, Any],
+    strategy: Strategy,
+    bucket_bytes: int,
+    group_of: Mapping[str, int],
+    *,
+    moves: bool,
+) -> tuple[list[Bucket], list[Place]]:
+    """Allocate buckets, and the places of all `parameters` in them. Collective.
+
+    With `moves` their values move into the buckets, rank 0's (see `publish`). The places are in
+    the order of the buckets.
+    """
+    arrays = {name: stand_in(p) for name, p in parameters.items()}
+    buckets = bucket.allocate(arrays, strategy, bucket_bytes, group_of)
+    places = []
+    for i, flat in enumerate(buckets):
+        grads, values = tensor(flat.grad), tensor(flat.param)
+        for name, part in flat.slices().items():
+            p = parameters[name]
+            place = Place(name, p, i, part, grads[part], None)
+            place.grad = torch.empty_like(p) if place.copied else shaped(grads[part], p)
+            if moves:
+                p.data = shaped(values[part], p)
+            place.pointer = p.data_ptr()
+            places.append(place)
+    return buckets, places
+
+
+def shaped(flat: Any, parameter: Any) -> Any:
+    """Return a view of real numbers, a tensor (n,), in the shape and dtype of `parameter`."""
+    if parameter.is_complex():
+        return torch.view_as_complex(flat.view(*parameter.shape, 2))
+    return flat.view(parameter.shape)
+
+
+def publish(
+    values: Mapping[str, Any],
+    world: World,
+    strategy: Strategy,
+    buckets: Sequence[Bucket],
+) -> None:
+    """Fill the buckets' parameters with rank 0's `values`, by name. Collective.
+
+    The owners write, as after an update.
+    """
+    for flat in buckets:
+        packed = torch.zeros(flat.param.size, dtype=tensor(flat.param[:0]).dtype)
+        for name, part in flat.slices().items():
+            value = values[name].detach()
+            value = torch.view_as_real(value.contiguous()) if value.is_complex() else value
+            packed[part] = value.reshape(-1).cpu()
+        for piece in bytes_in_pieces(packed):
+            world.comm.Bcast(piece)
+        owned = strategy.owned(flat.param.size)
+        tensor(flat.param)[owned] = packed[owned].to(tensor(flat.param[:0]).device)
+        strategy.share(flat.param)
+
+
+def broadcast(tensors: Sequence[Any], world: World, root: int = 0) -> None:
+    """Replace tensors, of any dtype, by rank `root`'s, one by one. Collective."""
+    for t in tensors:
+        host = t.detach().cpu().contiguous()
+        for piece in bytes_in_pieces(host):
+            world.comm.Bcast(piece, root)
+        with torch.no_grad():
+            t.copy_(host)
+
+
+def bytes_in_pieces(host: Any, size: int = 1 << 24) -> list[Array]:
+    """Return a contiguous tensor in host memory as its bytes, in pieces that MPI can count."""
+    raw = host.view(-1).view(torch.uint8).numpy() if host.numel() else np.empty(0, np.uint8)
+    return [raw[i : i + size] for i in range(0, raw.size, size)]
+
+
+def describe(module: Any) -> list[str]:
+    """Return what must be the same on all ranks, a line for each parameter and buffer."""
+    lines = []
+    for name, p in module.named_parameters():
+        shape = "none yet" if torch.nn.parameter.is_lazy(p) else tuple(p.shape)
+        frozen = "frozen " * (not p.requires_grad)
+        lines.append(f"{frozen}parameter {name} of shape {shape}, {p.dtype}, on {p.device.type}")
+    for name, b in module.named_buffers():
+        lines.append(f"buffer {name} of shape {tuple(b.shape)}, {b.dtype}")
+    return lines
+
+
+def size_bytes(parameters: Mapping[str, Any]) -> int:
+    """Return the bytes of all gradients as they are averaged."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(stand_in, parameters.values()))

@@ -1,0 +1,151 @@
+"""Subsets of the ranks that run collectives of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mpidl.errors import InvalidArgument
+from mpidl.torch import session as sessions
+from mpidl.torch.errors import internal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mpidl.torch.session import Session
+
+
+class ProcessSet:
+    """Some of the ranks: give it to `init` or `add_process_set`, then to the operations.
+
+    `ranks_or_comm` are ranks of the world, or an mpi4py communicator of those. The latter may be
+    another one on other ranks, as MPI_Comm_split makes them. `process_set_id` is None, until the
+    set has been added, and after it was removed.
+    """
+
+    def __init__(self, ranks_or_comm: Sequence[int] | Any) -> None:
+        self.process_set_id: int | None = None
+        self.mpi_comm: Any = ranks_or_comm if hasattr(ranks_or_comm, "Get_rank") else None
+        self.ranks: list[int] | None = None
+        self._rank: int | None = None  # of this process in the set
+        if self.mpi_comm is None:
+            self.ranks = sorted({int(rank) for rank in ranks_or_comm})
+
+    def included(self) -> bool | None:
+        """Return whether this process is in the set; None before it has been added."""
+        return None if self.process_set_id is None else self._rank is not None
+
+    def rank(self) -> int | None:
+        """Return this process's rank in the set; None outside of it, or before it was added."""
+        return None if self.process_set_id is None else self._rank
+
+    def size(self) -> int | None:
+        """Return the number of ranks in the set; None before it has been added."""
+        return None if self.process_set_id is None or self.ranks is None else len(self.ranks)
+
+    def place(self, rank: int) -> int:
+        """Return where in the set a rank of the world is. Raises InvalidArgument if nowhere."""
+        if self.ranks is None or rank not in self.ranks:
+            raise InvalidArgument(f"root_rank={rank}: expected one of the ranks of {self}")
+        return self.ranks.index(rank)
+
+    def _enter(self, number: int, ranks: Iterable[int], rank: int) -> None:
+        self.process_set_id, self.ranks = number, list(ranks)
+        self._rank = self.ranks.index(rank) if rank in self.ranks else None
+
+    def _leave(self) -> None:
+        self.process_set_id = self._rank = None
+
+    def __repr__(self) -> str:
+        return (
+            f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, "
+            f"mpi_comm={self.mpi_comm})"
+        )
+
+
+global_process_set = ProcessSet([])
+
+_added: list[ProcessSet] = []
+_known: dict[int, tuple[int, ...]] = {}  # all sets but that of all ranks, also without this one
+
+
+def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
+    """Add a set, and return it. Collective over all ranks, in the set or not.
+
+    Raises InvalidArgument on every rank for a set that was added already, or one of other ranks
+    than there are; RankMismatch where the ranks add different ones.
+    """
+    session = sessions.active()
+    if not isinstance(process_set, ProcessSet):
+        process_set = ProcessSet(process_set)
+    if process_set.process_set_id is not None:
+        raise InvalidArgument(f"{process_set} has been added already")
+    world = session.world
+    with internal():
+        given = world.gather(_ranks_of(process_set, world))
+        wanted = list(dict.fromkeys(given))
+        if process_set.mpi_comm is None:
+            world.same(str(given[world.rank]), "add_process_set")
+        for ranks in wanted:
+            if ranks in (tuple(range(world.size)), *_known.values()):
+                raise InvalidArgument(f"add_process_set: there is one of ranks {ranks} already")
+            if not {*ranks} <= {*range(world.size)} or not ranks:
+                raise InvalidArgument(
+                    f"add_process_set: ranks {ranks}: expected ranks from 0 to {world.size - 1}"
+                )
+        for ranks in wanted:
+            number = session.engine.add_process_set(ranks)
+            _known[number] = ranks
+            if ranks == given[world.rank]:
+                process_set._enter(number, ranks, world.rank)
+    _added.append(process_set)
+    return process_set
+
+
+def remove_process_set(process_set: ProcessSet) -> bool:
+    """Remove a set, and return whether there was one to remove. Collective over all ranks.
+
+    That of all ranks stays. `process_set` can be added again.
+    """
+    session = sessions.active()
+    number = process_set.process_set_id
+    if number is None or process_set is global_process_set:
+        return False
+    with internal():
+        for each in dict.fromkeys(session.world.gather(number)):
+            session.engine.remove_process_set(each)
+            del _known[each]
+    process_set._leave()
+    _added.remove(process_set)
+    return True
+
+
+def set_up(session: Session, comm: Any) -> None:
+    """Give `global_process_set` its ranks."""
+    global_process_set._enter(0, range(session.world.size), session.world.rank)
+    global_process_set.mpi_comm = comm
+
+
+def tear_down() -> None:
+    """Forget all sets, which end with the session."""
+    for process_set in (global_process_set, *_added):
+        process_set._leave()
+    _added.clear()
+    _known.clear()
+
+
+def move(session: Session) -> None:
+    """Add all sets to another session. Collective."""
+    again = _added.copy()
+    tear_down()
+    set_up(session, global_process_set.mpi_comm)
+    for process_set in again:
+        add_process_set(process_set)
+
+
+def _ranks_of(process_set: ProcessSet, world: Any) -> tuple[int, ...]:
+    """Return the ranks of the world that a set has, or its communicator."""
+    if process_set.mpi_comm is None:
+        return tuple(process_set.ranks or ())
+    group = process_set.mpi_comm.Get_group()
+    whole = world.comm.Get_group()
+    return tuple(sorted(group.Translate_ranks(list(range(group.size)), whole)))

@@ -1,0 +1,158 @@
+"""Which samples are whose, by mpidl's rule: the same global batches on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpidl.data.batches import batches
+from mpidl.errors import InvalidArgument
+from mpidl.torch import session as sessions
+from mpidl.torch.errors import internal
+from mpidl.world import current
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
+    """Yields this rank's part of each global batch: give it to a DataLoader as `batch_sampler`.
+
+    The order is a pure function of (seed, epoch), as in `mpidl.data.batches`: each rank takes a
+    contiguous part of each batch. Parts differ in length by one at most, may be empty (`loader`
+    makes batches of no samples then), and there are equally many on every rank.
+
+    `state_dict` tells where in the epoch it is, and `load_state_dict` lets the next iteration go
+    on there, on any number of ranks.
+
+    Args:
+        dataset: anything with a length.
+        batch_size: samples of all ranks together.
+        seed, shuffle: as in `mpidl.data.batches`.
+
+    Collective. Raises on every rank what `mpidl.data.batches` raises.
+    """
+
+    def __init__(
+        self, dataset: Any, batch_size: int, *, shuffle: bool = True, seed: int = 0
+    ) -> None:
+        world = sessions.active().world if sessions.is_initialized() else current()
+        with internal():
+            self._batches = batches(dataset, batch_size, world=world, seed=seed, shuffle=shuffle)
+        self.epoch = 0
+        self.done = 0  #: batches of this epoch that were given out
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.done % len(self)  # a finished epoch begins again
+        self.done = start
+        shards = replace(self._batches, epoch=self.epoch).shards()
+        for step, (_, shard) in enumerate(shards):
+            if step >= start:
+                self.done = step + 1
+                yield shard.tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin another epoch at its first batch, or the same one anew. Not collective."""
+        if epoch < 0:
+            raise InvalidArgument(f"{epoch=}: expected 0 or more")
+        self.epoch, self.done = epoch, 0
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """Return what `load_state_dict` takes."""
+        made = self._batches
+        return {
+            "epoch": self.epoch,
+            "done": self.done,
+            "batch_size": made.batch_size,
+            "seed": made.seed,
+            "shuffle": made.shuffle,
+            "samples": len(made.dataset),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another sampler was. Raises InvalidArgument if its batches were others."""
+        mine = self.state_dict()
+        for key in ("batch_size", "seed", "shuffle", "samples"):
+            if mine[key] != state[key]:
+                raise InvalidArgument(f"Sampler: {key}={mine[key]}, but the state has {state[key]}")
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+class Loader:
+    """The batches of a DataLoader with a `Sampler`, counted as they are given out."""
+
+    def __init__(self, sampler: Sampler, dataloader: Any) -> None:
+        self.sampler, self.dataloader = sampler, dataloader
+        self._done = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._done = self.sampler.done % len(self)
+        for batch in self.dataloader:
+            self._done += 1  # workers of the loader are ahead of this
+            yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin another epoch at its first batch. Not collective."""
+        self.sampler.set_epoch(epoch)
+        self._done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it is: after the batches that were given out."""
+        return {**self.sampler.state_dict(), "done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was, on any number of ranks."""
+        self.sampler.load_state_dict(state)
+        self._done = self.sampler.done
+
+
+def loader(
+    dataset: Any,
+    batch_size: int,
+    *,
+    shuffle: bool = True,
+    seed: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    **options: Any,
+) -> Loader:
+    """Return a loader of this rank's part of each global batch of `batch_size`. Collective.
+
+    See `Sampler`, which raises the same. `options` are those of torch.utils.data.DataLoader, such
+    as `num_workers`. A part without samples has tensors of length 0.
+    """
+    sampler = Sampler(dataset, batch_size, shuffle=shuffle, seed=seed)
+    collate = _Collate(dataset, collate_fn or torch.utils.data.default_collate)
+    made = torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, **options
+    )
+    return Loader(sampler, made)
+
+
+class _Collate:
+    """Makes batches, also of no samples: as of one, with that one cut off."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return self.collate(samples) if samples else _emptied(self.collate([self.dataset[0]]))
+
+
+def _emptied(batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return {key: _emptied(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_emptied, batch))
+    if isinstance(batch, (list, tuple)) and any(isinstance(x, torch.Tensor) for x in batch):
+        return type(batch)(map(_emptied, batch))
+    return batch[:0]

@@ -1,0 +1,231 @@
+"""The ranks, and the engine that works for them, from `init` to `shutdown`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from mpidl import world as worlds
+from mpidl.collectives import Engine
+from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.torch import process_sets as sets
+from mpidl.torch.errors import internal
+from mpidl.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpidl.collectives import Handle, Request
+    from mpidl.torch.process_sets import ProcessSet
+
+    #: The engine's handle, or a list of such; what makes the operation's result of what they give,
+    #: or None; the result, if there is no such function.
+    Pending = tuple[Any, Callable[[Any], Any] | None, Any]
+
+
+class Session:
+    """What there is between `init` and `shutdown`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.engine = Engine(world)
+        self.submit: Callable[[Request], Handle] = self.engine.submit
+        self.submit_all: Callable[[Sequence[Request]], list[Handle]] = self.engine.submit_all
+        self.wait: Callable[[Handle], Any] = self.engine.wait
+        self.pending: dict[int, Pending] = {}
+        self.count = 0  #: of handles
+        self.timeline: Any = None
+        self._unnamed: defaultdict[int, int] = defaultdict(int)
+
+    def keep(self, handles: Any, finish: Callable[[Any], Any]) -> int:
+        """Return the number under which `synchronize` finds an operation."""
+        self.count = number = self.count + 1
+        self.pending[number] = (handles, finish, None)
+        return number
+
+    def name(self, process_set: int) -> str:
+        """Return a name for an operation that has none, the same on all ranks of the set.
+
+        Operations of all kinds are counted together: where ranks take different branches, they
+        learn that their operations differ, and do not wait for each other.
+        """
+        self._unnamed[process_set] = number = self._unnamed[process_set] + 1
+        return f"unnamed.{process_set}.{number}"
+
+    def count_anew(self) -> None:
+        """Begin again with names, where ranks may have come to different numbers."""
+        self._unnamed.clear()
+
+
+_session: Session | None = None
+
+
+def active() -> Session:
+    """Return the session. Raises InvalidArgument, a ValueError, before `init`."""
+    if _session is None:
+        raise InvalidArgument("mpidl.torch is not initialized: call mpidl.torch.init() first")
+    return _session
+
+
+def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
+    """Start MPI, if it is not running, and the engine. Collective; later calls do nothing.
+
+    Args:
+        comm: an mpi4py communicator of the ranks to work with, or a list of ranks of the world,
+            which these alone pass; None for all ranks.
+        process_sets: sets to add at once; they can be added later too, so "dynamic" is as None.
+
+    Raises on every rank: InvalidArgument for ranks that there are not, RankMismatch where sets
+    differ between ranks, and what `mpidl.init` raises.
+    """
+    global _session
+    if _session is not None:
+        return
+    if isinstance(process_sets, str) and process_sets != "dynamic":
+        raise InvalidArgument(f'{process_sets=}: expected a list of process sets, or "dynamic"')
+    _session = Session(_world_of(worlds.init(), comm))
+    sets.set_up(_session, comm if hasattr(comm, "Get_rank") else None)
+    for process_set in (
+        () if process_sets is None or isinstance(process_sets, str) else process_sets
+    ):
+        sets.add_process_set(process_set)
+
+
+def _world_of(world: World, comm: Any) -> World:
+    if comm is None or (isinstance(comm, (list, tuple)) and not comm):
+        return world
+    if hasattr(comm, "Get_rank"):
+        return World.of(world.MPI, comm)
+    ranks = [int(rank) for rank in comm]
+    if world.rank not in ranks or len({*ranks} & {*range(world.size)}) < len(ranks):
+        raise InvalidArgument(
+            f"init(comm={ranks}) on rank {world.rank} of {world.size}: expected different ranks "
+            "of the world, this one among them"
+        )
+    group = world.comm.Get_group().Incl(ranks)
+    return World.of(world.MPI, world.comm.Create_group(group))
+
+
+def shutdown() -> None:
+    """End the engine, after what is on its way. Collective. `init` may be called again."""
+    global _session
+    if _session is None:
+        return
+    if _session.timeline is not None:
+        _session.timeline.close()
+    ended, _session = _session, None
+    sets.tear_down()
+    with internal():
+        ended.engine.close()
+
+
+def rebuild() -> None:
+    """Begin again with new communicators and a new engine, after an error. Collective.
+
+    Operations on their way are forgotten, and process sets made anew. The one place that decides
+    which ranks go on: here, all there are.
+    """
+    global _session
+    broken = active()
+    with suppress(MpidlError):  # all ranks are here: what has failed is told already
+        broken.engine.close()
+    _session = Session(broken.world)
+    sets.move(_session)
+    if broken.timeline is not None:
+        broken.timeline.follow(_session)
+
+
+def is_initialized() -> bool:
+    """Return whether `init` was called, and `shutdown` not since."""
+    return _session is not None
+
+
+def rank() -> int:
+    """Return this process's rank."""
+    return active().world.rank
+
+
+def size() -> int:
+    """Return the number of ranks."""
+    return active().world.size
+
+
+def local_rank() -> int:
+    """Return this process's rank among those of its node."""
+    return active().world.local_rank
+
+
+def local_size() -> int:
+    """Return the number of ranks on this node."""
+    return active().world.local_size
+
+
+def cross_rank() -> int:
+    """Return the place of this node among those that have a rank of this local rank."""
+    return len(_crossed(active().world.node))
+
+
+def cross_size() -> int:
+    """Return the number of nodes that have a rank of this local rank."""
+    return len(_crossed(active().world.nodes))
+
+
+def _crossed(stop: int) -> list[int]:
+    world = active().world
+    return [node for node in range(stop) if len(world.members[node]) > world.local_rank]
+
+
+def is_homogeneous() -> bool:
+    """Return whether all nodes have equally many ranks."""
+    return len({len(ranks) for ranks in active().world.members}) == 1
+
+
+def mpi_threads_supported() -> bool:
+    """Return whether several threads may call MPI at once."""
+    return active().world.threads
+
+
+def mpi_enabled() -> bool:
+    """Return True: all goes through MPI."""
+    return True
+
+
+def mpi_built() -> bool:
+    """Return True: all goes through MPI."""
+    return True
+
+
+def gloo_enabled() -> bool:
+    """Return False: nothing goes through Gloo."""
+    return False
+
+
+def gloo_built() -> bool:
+    """Return False: nothing goes through Gloo."""
+    return False
+
+
+def nccl_built() -> int:
+    """Return 0, Horovod's sign that nothing goes through NCCL."""
+    return 0
+
+
+def ddl_built() -> bool:
+    """Return False: nothing goes through IBM's DDL."""
+    return False
+
+
+def ccl_built() -> bool:
+    """Return False: nothing goes through oneCCL."""
+    return False
+
+
+def cuda_built() -> bool:
+    """Return False: tensors on a GPU travel through host memory."""
+    return False
+
+
+def rocm_built() -> bool:
+    """Return False: tensors on a GPU travel through host memory."""
+    return False

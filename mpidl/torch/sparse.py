@@ -1,0 +1,60 @@
+"""Sparse tensors, as the gradients of embeddings are: values and indices of all ranks, joined."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpidl.errors import InvalidArgument
+from mpidl.torch import session as sessions
+from mpidl.torch.arrays import tensor_of
+from mpidl.torch.errors import internal
+from mpidl.torch.grouped import group_of
+from mpidl.torch.ops import prepare
+from mpidl.torch.process_sets import ProcessSet, global_process_set
+from mpidl.torch.reduce_op import Average, Sum, reduction
+
+if TYPE_CHECKING:
+    from mpidl.torch.reduce_op import ReduceOp
+
+Tensor = Any
+
+
+def sparse_allreduce_async(
+    tensor: Tensor,
+    name: str | None,
+    op: int = Average,
+    process_set: ProcessSet = global_process_set,
+) -> int:
+    """Begin to add up sparse tensors (torch.sparse_coo) of one shape; return a handle.
+
+    `op` is Average or Sum. What travels is what the ranks have, not the whole: values and indices
+    are gathered. `synchronize` returns a new sparse tensor, coalesced.
+    """
+    session = sessions.active()
+    with internal():
+        chosen: ReduceOp = reduction(op, None)
+        if not tensor.is_sparse or chosen not in (Average, Sum):
+            raise InvalidArgument(
+                f"sparse_allreduce_async: a tensor of {tensor.layout} with {chosen}: expected "
+                "torch.sparse_coo, and Average or Sum"
+            )
+        found = tensor.detach().coalesce()
+        # Values come first, under the name itself: a rank with a dense tensor of this name is told.
+        values, first = prepare(session, "allgather", found.values(), name, process_set)
+        places = found.indices().t()
+        _, second = prepare(session, "allgather", places, f"{first.name}.indices", process_set)
+        first.group = second.group = group_of(first.name, process_set)
+        handles = session.submit_all([first, second])
+    divisor = process_set.size() if chosen == Average else 1
+
+    def finish(parts: list[Any]) -> Tensor:
+        rows = tensor_of(parts[0], values) / divisor
+        columns = tensor_of(parts[1], places).t()
+        made = torch.sparse_coo_tensor(
+            columns, rows.to(values.dtype), tensor.shape, check_invariants=False
+        )
+        return made.coalesce().to(tensor.device)
+
+    return session.keep(handles, finish)

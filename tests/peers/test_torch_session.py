@@ -1,0 +1,226 @@
+"""init, what there is to ask, process sets, objects, timelines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from mpidl.errors import InvalidArgument, RankMismatch
+from tests.ranks.conftest import PLACEMENTS, as_nodes
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+hvd = pytest.importorskip("mpidl.torch")
+sessions = pytest.importorskip("mpidl.torch.session")
+
+if TYPE_CHECKING:
+    import mpidl
+
+hvd.init()
+
+
+@pytest.fixture
+def initialized(world: mpidl.World) -> None:
+    """Begin anew, and again afterwards. Collective."""
+    hvd.shutdown()
+    yield
+    hvd.shutdown()
+    hvd.init()
+
+
+def test_before_init(initialized: None) -> None:
+    assert not hvd.is_initialized()
+    hvd.shutdown()  # does nothing
+    x = torch.ones(2)
+    for ask in (
+        hvd.rank,
+        hvd.size,
+        hvd.local_rank,
+        hvd.local_size,
+        hvd.cross_rank,
+        hvd.cross_size,
+        hvd.is_homogeneous,
+        hvd.mpi_threads_supported,
+        hvd.join,
+        hvd.barrier,
+        hvd.stop_timeline,
+        lambda: hvd.allreduce(x),
+        lambda: hvd.allreduce_async_(x),
+        lambda: hvd.grouped_allreduce([x]),
+        lambda: hvd.broadcast_(x, 0),
+        lambda: hvd.synchronize(1),
+        lambda: hvd.broadcast_object(1),
+        lambda: hvd.add_process_set([0]),
+    ):
+        with pytest.raises(ValueError, match=r"call mpidl\.torch\.init"):
+            ask()
+    assert hvd.global_process_set.included() is None
+
+
+def test_what_the_ranks_are(world: mpidl.World) -> None:
+    hvd.init()  # once more
+    assert hvd.is_initialized()
+    assert (hvd.rank(), hvd.size()) == (world.rank, world.size)
+    assert (hvd.local_rank(), hvd.local_size()) == (world.local_rank, world.local_size)
+    assert (hvd.cross_rank(), hvd.cross_size()) == (world.node, world.nodes)
+    assert hvd.is_homogeneous() and hvd.mpi_enabled() and hvd.mpi_built()
+    assert hvd.mpi_threads_supported() == world.threads
+    assert not any(
+        (
+            hvd.gloo_enabled(),
+            hvd.gloo_built(),
+            hvd.nccl_built(),
+            hvd.ddl_built(),
+            hvd.ccl_built(),
+            hvd.cuda_built(),
+            hvd.rocm_built(),
+        )
+    )
+
+
+def test_ranks_on_nodes(world: mpidl.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = as_nodes(world, PLACEMENTS["rank 0 alone, the others together"])
+    monkeypatch.setattr(hvd.session._session, "world", nodes)
+    assert hvd.is_homogeneous() == (world.size <= 2)
+    first = world.rank <= 1  # of its node
+    assert hvd.cross_size() == (min(world.size, 2) if first else 1)
+    assert hvd.cross_rank() == (world.rank if first else 0)
+    assert replace(nodes).local_rank == hvd.local_rank()
+
+
+def test_ranks_of_a_communicator(initialized: None, world: mpidl.World) -> None:
+    half = world.comm.Split(world.rank % 2, world.rank)
+    hvd.init(half)
+    assert (hvd.rank(), hvd.size()) == (half.rank, half.size)
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == half.size
+    hvd.shutdown()
+    last = world.size - 1
+    if world.rank == last:
+        hvd.init([last])
+        assert (hvd.rank(), hvd.size()) == (0, 1)
+        assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == 1
+    else:
+        with pytest.raises(InvalidArgument, match="this one among them"):
+            hvd.init([last])
+    hvd.shutdown()
+
+
+def test_process_sets(world: mpidl.World) -> None:
+    size = world.size
+    even, last = hvd.ProcessSet(list(range(0, size, 2))), None
+    assert even.included() is None and even.rank() is None and even.size() is None
+    if size > 1:
+        assert hvd.add_process_set(even) is even
+        assert even.included() == (world.rank % 2 == 0) and even.size() == (size + 1) // 2
+        last = hvd.add_process_set([size - 1])
+        assert last.rank() == (0 if world.rank == size - 1 else None)
+        if even.included():
+            mine = torch.full((2,), float(world.rank))
+            total = sum(range(0, size, 2))
+            assert hvd.allreduce(mine, op=hvd.Sum, process_set=even).tolist() == [total] * 2
+            assert hvd.allreduce(mine, process_set=even).tolist() == [total / even.size()] * 2
+            # the root is a rank of the world
+            assert hvd.broadcast(mine, even.ranks[-1], process_set=even)[0] == even.ranks[-1]
+            assert hvd.allgather(mine, process_set=even)[::2].tolist() == even.ranks
+            assert hvd.allgather_object(world.rank, process_set=even) == even.ranks
+            assert hvd.broadcast_object(world.rank, 0, process_set=even) == 0
+            hvd.barrier(even)
+            with pytest.raises(InvalidArgument, match="root_rank=1"):
+                hvd.broadcast(mine, 1, process_set=even)
+        else:
+            with pytest.raises(InvalidArgument, match="not in it"):
+                hvd.allreduce(torch.ones(2), process_set=even)
+        if last.included():
+            assert hvd.allreduce(torch.ones(2), op=hvd.Sum, process_set=last).tolist() == [1, 1]
+        with pytest.raises(InvalidArgument, match="already"):
+            hvd.add_process_set(list(range(0, size, 2)))
+        with pytest.raises(RankMismatch):
+            hvd.add_process_set([min(world.rank, 1)])
+        assert hvd.remove_process_set(last) and hvd.remove_process_set(even)
+        assert even.included() is None and not hvd.remove_process_set(even)
+    with pytest.raises(InvalidArgument, match="already"):
+        hvd.add_process_set(range(size))
+    with pytest.raises(InvalidArgument, match="expected ranks"):
+        hvd.add_process_set([size])
+    assert not hvd.remove_process_set(hvd.global_process_set)
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size
+
+
+def test_sets_at_the_start(initialized: None, world: mpidl.World) -> None:
+    if world.size < 3:
+        pytest.skip("takes 3 ranks for two sets of two kinds")
+    comm = world.comm.Split(world.rank % 2, world.rank)
+    mine = hvd.ProcessSet(comm)
+    both = hvd.ProcessSet([0, 1])
+    hvd.init(process_sets=[mine, both])
+    assert mine.ranks == list(range(world.rank % 2, world.size, 2))
+    found = hvd.allgather(torch.tensor([world.rank]), process_set=mine)
+    assert found.tolist() == mine.ranks
+    if both.included():
+        assert hvd.allgather(torch.tensor([world.rank]), process_set=both).tolist() == [0, 1]
+    sessions.rebuild()
+    assert hvd.allgather(torch.tensor([world.rank]), process_set=mine).tolist() == mine.ranks
+    with pytest.raises(InvalidArgument, match="already"):  # also on ranks that are in the other
+        hvd.add_process_set([0, 1])
+    assert hvd.remove_process_set(mine)
+
+
+def test_objects(world: mpidl.World, own: np.random.Generator) -> None:
+    root = world.size - 1
+    mine = {"rank": world.rank, "array": np.arange(world.rank), "tensor": torch.ones(2) * 3}
+    found = hvd.broadcast_object(mine, root)
+    assert found["rank"] == root and len(found["array"]) == root
+    found["array"][:] = 0  # it can be written to
+    assert hvd.broadcast_object_fn(root, "named")(world.rank) == root
+    everyone = hvd.allgather_object("x" * world.rank)
+    assert everyone == ["x" * rank for rank in range(world.size)]
+    names = hvd.allgather_object(None, name="nothing")
+    assert names == [None] * world.size
+
+
+def test_timeline(world: mpidl.World, tmp_path: Path) -> None:
+    path = tmp_path / "timeline.json"
+    hvd.start_timeline(path)
+    hvd.allreduce(torch.ones(4, 2), name="first")
+    handle = hvd.grouped_allreduce_async([torch.ones(2), torch.ones(3)], name="second")
+    if world.size > 1:
+        with pytest.raises(RankMismatch):
+            hvd.allreduce(torch.ones(world.rank + 1), name="wrong")
+    hvd.synchronize(handle)
+    left = hvd.allgather_async(torch.ones(2), name="never waited for")
+    hvd.stop_timeline()
+    hvd.stop_timeline()  # does nothing
+    hvd.synchronize(left)
+    hvd.allreduce(torch.ones(1), name="after")
+    assert path.exists() == (world.rank == 0)
+    if world.rank:
+        return
+    events = json.loads(path.read_text())
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    spans = [e for e in events if e["ph"] == "X"]
+    assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in spans)
+    named = {(rows[e["tid"]], e["name"]) for e in spans}
+    wanted = {(n, k) for n in ("first", "second.0", "second.1") for k in ("ALLREDUCE", "WAIT")}
+    assert wanted | {("never waited for", "ALLGATHER")} <= named
+    assert not any("after" in row for row in rows.values())
+    found = next(e for e in spans if rows[e["tid"]] == "first" and e["name"] == "ALLREDUCE")
+    assert found["args"]["shape"] == [4, 2] and found["args"]["dtype"] == "float32"
+    if world.size > 1:
+        wrong = next(e for e in spans if rows[e["tid"]] == "wrong" and e["name"] == "ALLREDUCE")
+        assert "error" in wrong["args"]
+    hvd.start_timeline(path)
+    with pytest.raises(InvalidArgument, match="stop_timeline"):
+        hvd.start_timeline(path)
+    hvd.stop_timeline()
+
+
+def test_names_of_horovod() -> None:
+    for name in hvd.__all__:
+        if name != "DataParallel":  # imported where it is asked for
+            assert getattr(hvd, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hvd.nothing  # noqa: B018

@@ -38,6 +38,7 @@ LEVELS = {
     "exchange": 3,
     "foreign": 3,
     "lowrank": 3,
+    "packed": 3,
     "reducer": 3,
     "staging": 3,
     "strategies": 3,
@@ -59,6 +60,9 @@ LEVELS = {
     "__main__": 5,
     "bench": 5,
     "cli": 5,
+    "jax": 5,
+    "keras": 5,
+    "tensorflow": 5,
     "torch": 5,
 }
 FORBIDDEN = [  # besides what is above

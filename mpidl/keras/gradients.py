@@ -1,0 +1,73 @@
+"""Means over ranks of gradients, on each backend of Keras."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from mpidl import packed
+from mpidl.errors import InvalidArgument
+from mpidl.world import current
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpidl.array import Array
+
+
+def average(gradients: Sequence[Any], weight: float) -> list[Any]:
+    """Return the weighted mean over ranks of each tensor; None stays None. Collective.
+
+    Raises what `mpidl.packed.average` raises, on every rank.
+    """
+    present = [g for g in gradients if g is not None]
+    means = iter(_backend()(present, weight) if present else [])
+    return [None if g is None else next(means) for g in gradients]
+
+
+def _backend() -> Callable[[list[Any], float], list[Any]]:
+    name = keras.backend.backend()
+    if name == "torch":
+        return _torch
+    if name == "jax":
+        jax = importlib.import_module("mpidl.jax")
+        return lambda tensors, weight: jax.average(tensors, weight=weight)
+    if name == "tensorflow":
+        tensorflow = importlib.import_module("mpidl.tensorflow")
+        return lambda tensors, weight: tensorflow.average(tensors, weight=weight)
+    raise InvalidArgument(
+        f"Keras backend {name!r}: expected 'jax', 'torch' or 'tensorflow', which can train; "
+        "set KERAS_BACKEND before Keras is imported"
+    )
+
+
+def as_numpy(tensor: Any) -> Array:
+    """Return a tensor as a NumPy array: its own memory, where that is the host's.
+
+    (Keras's `convert_to_numpy` makes NumPy 2.4 warn.)
+    """
+    if keras.backend.backend() != "torch":
+        return np.asarray(tensor)
+    torch = importlib.import_module("torch")
+    host = tensor.detach().cpu()
+    if host.dtype != torch.bfloat16:
+        return host.numpy()
+    bits = host.contiguous().view(torch.int16).numpy()
+    return bits.view(importlib.import_module("ml_dtypes").bfloat16)
+
+
+def _torch(tensors: list[Any], weight: float) -> list[Any]:
+    """Average tensors of PyTorch: on the CPU they are read where they are."""
+    torch = importlib.import_module("torch")
+
+    def as_tensor(mean: Array, like: Any) -> Any:
+        if like.dtype == torch.bfloat16:
+            return torch.from_numpy(mean.view(np.int16)).view(torch.bfloat16).to(like.device)
+        return torch.from_numpy(mean).to(like.device)
+
+    arrays = {f"gradient {i}": as_numpy(t) for i, t in enumerate(tensors)}
+    means = packed.average(arrays, weight, current())
+    return [as_tensor(m, t) for m, t in zip(means, tensors, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,6 +25,18 @@ def terminal_width() -> int | None:
     """
     value = os.environ.get("MPIDL_TERMINAL", "")
     return int(value) if value.isdigit() else None
+
+
+def stall_seconds() -> float:
+    """MPIDL_STALL_SECONDS: how long an operation may wait for ranks untold; 0: for ever."""
+    value = os.environ.get("MPIDL_STALL_SECONDS", "60")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InvalidArgument(f"MPIDL_STALL_SECONDS={value!r}: expected seconds, 0 or more")
+    return seconds
 
 
 def launched_size() -> tuple[str, int] | None:

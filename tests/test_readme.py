@@ -22,7 +22,7 @@ def test_code_runs(mpi: str, number: int, tmp_path: Path) -> None:
 
 
 def test_there_is_code() -> None:
-    assert len(PYTHON) == 6
+    assert len(PYTHON) == 7
 
 
 def test_a_strategy_of_ones_own_is_short() -> None:

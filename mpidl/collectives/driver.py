@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
+from mpidl import config
 from mpidl.collectives.coordinator import IDS, REMOVE, Answer, Coordinator
 from mpidl.collectives.execute import Executor, Plan, Task, absent, tasks_of
 from mpidl.collectives.link import ANSWER, BATCH, Link, pack, unpack
-from mpidl.collectives.stall import Stall, stall_seconds
+from mpidl.collectives.stall import Stall
 from mpidl.collectives.timer import Timer
 from mpidl.world import NAP_SECONDS, SPIN_SECONDS
 
@@ -61,7 +62,7 @@ class Driver:
         self._coordinator = Coordinator(world.size) if world.rank == 0 else None
         self._stall = None
         if self._coordinator is not None:
-            self._stall = Stall(self._coordinator, stall_seconds())
+            self._stall = Stall(self._coordinator, config.stall_seconds())
         self._tasks: dict[int, list[Task]] = {}  # by id
         self._plans: dict[bytes, Plan] = {}
         self._running: list[Handle] = []

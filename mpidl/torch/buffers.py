@@ -33,4 +33,4 @@ class Buffers:
                     continue
                 parts = packed.split([b.numel() for b in same])
                 for buffer, part in zip(same, parts, strict=True):
-                    buffer.copy_(part.view(buffer.shape))
+                    buffer.data.copy_(part.view(buffer.shape))  # unseen by graphs that go on

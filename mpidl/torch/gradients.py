@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.torch.places import shaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,8 +48,11 @@ class Gradients:
         self.buffers: Buffers | None = None
         self._frozen = frozen
         self._rows: float | None = None  # that the module was called with
+        self._weight = 1.0  # of the last average
         self._task: int | None = None  # of autograd, at whose end to average
+        self._ran = False  # whether it has brought a gradient
         self._fresh: set[int] = set()  # places whose gradients are not averaged yet
+        self._copied: set[int] = set()  # of half types, places that are in their buckets
         self._arrays = [flat.grad for flat in buckets]
         self._listeners: list[list[Callable[[], None]]] = [[] for _ in places]
         this = weakref.ref(self)
@@ -72,23 +76,23 @@ class Gradients:
         """Note that a backward runs, to average at its end. In autograd; not collective."""
         task = torch._C._current_graph_task_id()
         if self.wanted and task != self._task:
-            self._task = task
+            self._task, self._ran = task, False
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def forget_task(self) -> None:
         """Note that no backward is running: an earlier one may have ended by an error."""
-        if self._task is not None:
+        if self._task is not None and torch._C._current_graph_task_id() == -1:
             self._task = None
             for place in self.places:
-                place.born = False
+                place.born = None
 
     def count(self, samples: float) -> None:
         """Add to the samples behind the next average. Not collective."""
         self._rows = (self._rows or 0.0) + samples
 
     def samples(self) -> float:
-        """Return what was counted since the last average; 1 where nothing was."""
-        return 1.0 if self._rows is None else self._rows
+        """Return what was counted since the last average; where nothing was, what it was then."""
+        return self._weight if self._rows is None else self._rows
 
     def sources(self) -> dict[str, Source]:
         """Return what tells of the gradient of each parameter that it is complete, by name."""
@@ -98,22 +102,28 @@ class Gradients:
         """End this. Not collective."""
         for remove in self._removals:
             remove()
+        self._arrays.clear()
         if self.overlap is not None:
             self.overlap.close()
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # also in a backward that makes a graph
     def _complete(self, i: int, parameter: Any) -> None:
         """Put a gradient into its bucket."""
         place = self.places[i]
         found = parameter.grad
+        self._ran = True
+        self._fresh.add(i)
         if place.copied:
             if self.wanted:  # until then it adds up as its own type does
                 place.flat_grad.copy_(dense(found).reshape(-1))
+                self._copied.add(i)
         elif found is not place.grad:
-            if not (place.born and found.data_ptr() == place.grad.data_ptr()):
+            if place.born not in (None, torch._C._current_graph_task_id()):
+                return  # of a backward within that which has computed another part in the bucket
+            if place.born is None or found.data_ptr() != place.grad.data_ptr():
                 place.grad.copy_(dense(found))
             parameter.grad = place.grad
-        place.born = False
-        self._fresh.add(i)
+        place.born = None
         if self.wanted:
             if self._task is None:  # no output of the module told: the loss was made of others
                 self.begin()
@@ -122,7 +132,7 @@ class Gradients:
 
     def _end(self) -> None:
         self._task = None
-        if self._fresh:  # else it was not for these parameters
+        if self._ran:  # else it was not for these parameters
             self.average()
 
     def average(self, weight: float | None = None) -> float:
@@ -139,7 +149,8 @@ class Gradients:
         sums = self.world.sum([weight, problem is not None, bool(missing), leading])
         total, problems, unused, leads = map(float, sums)
         self._fresh.clear()
-        self._rows = None
+        self._copied.clear()
+        self._rows, self._weight = None, weight
         if problems:
             self.world.agree(problem)
         if not total:
@@ -160,17 +171,19 @@ class Gradients:
         lowest: int = world.comm.allreduce(world.rank if weight else world.size, world.MPI.MIN)
         return lowest
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _fill(self, weight: float) -> list[int]:
         """Fill gradients that this rank does not have with 0, and return their places' numbers."""
         missing = []
+        begun = self.overlap is not None and self.overlap.begun  # buckets may hold means already
         for i, place in enumerate(self.places):
             found = place.parameter.grad
-            if found is None:
-                missing.append(i)
             if found is None or not weight:  # without samples it may be NaN
-                place.flat_grad.zero_()
+                missing.append(i)
+                if found is None or not begun:
+                    place.flat_grad.zero_()
             elif place.copied:
-                if i not in self._fresh:
+                if i not in self._copied:
                     place.flat_grad.copy_(dense(found).reshape(-1))
             elif found is not place.grad:  # a user's own
                 place.grad.copy_(dense(found))
@@ -184,12 +197,13 @@ class Gradients:
         return used.astype(bool).tolist()
 
     def _show(self, used: list[bool] | None) -> None:
-        """Let `.grad` be the mean. Where no rank had one, it stays None, as on one process."""
+        """Let `.grad` be the mean. Where no rank had one, it is None, as on one process."""
         for i, place in enumerate(self.places):
             if used is not None and not used[i]:
+                place.parameter.grad = None
                 continue
             if place.copied:
-                place.grad.view(-1).copy_(place.flat_grad)
+                place.grad.copy_(shaped(place.flat_grad, place.parameter))
             if place.parameter.grad is not place.grad:
                 place.parameter.grad = place.grad
 

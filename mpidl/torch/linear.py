@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn.functional import linear
@@ -12,8 +13,10 @@ if TYPE_CHECKING:
 
     from mpidl.torch.places import Place
 
+#: By the id of a parameter. Not an attribute of it, which would be pickled, and hold it for ever.
+_places: WeakValueDictionary[int, Place] = WeakValueDictionary()
+
 LEAST = 1 << 19  # elements: a smaller gradient is copied while it is in cache
-MARK = "_mpidl_place"  # an attribute of parameters; copies of a module do not have it
 
 
 class Linear(torch.nn.Linear):  # type: ignore[misc]
@@ -25,9 +28,10 @@ class Linear(torch.nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Any) -> Any:
         """(..., n) -> (..., m)."""
-        place = getattr(self.weight, MARK, None)
+        place = _places.get(id(self.weight))
         if (
             place is None
+            or place.parameter is not self.weight
             or torch.compiler.is_compiling()
             or not (torch.is_grad_enabled() and self.weight.requires_grad)
             or torch.is_autocast_enabled("cpu")
@@ -43,7 +47,7 @@ class _Multiply(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, place: Place) -> Any:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight if x.requires_grad else None)
         ctx.place = place
         return linear(x, weight, bias)
 
@@ -57,12 +61,12 @@ class _Multiply(torch.autograd.Function):  # type: ignore[misc]
         if needs_weight:
             inputs = x.reshape(-1, x.shape[-1])
             place: Place = ctx.place
-            if place.born or not _is_first(place):
+            if place.born is not None or not _is_first(place):
                 to_weight = rows.t() @ inputs
             else:
-                place.born = True
+                place.born = torch._C._current_graph_task_id()
                 # a view of its own, which autograd may keep as .grad
-                to_weight = place.flat_grad.view(weight.shape)
+                to_weight = place.flat_grad.view(place.parameter.shape)
                 torch.mm(rows.t(), inputs, out=to_weight)
         if needs_bias:
             to_bias = rows.sum(0)
@@ -94,14 +98,14 @@ def adopt(module: Any, places: Sequence[Place]) -> Callable[[], None]:
             if layer.weight.is_complex():
                 continue
             place.node = layer.weight.view_as(layer.weight).grad_fn.next_functions[0][0]
-            setattr(layer.weight, MARK, place)
+            _places[id(layer.weight)] = place
             layer.__class__ = Linear
             adopted.append(layer)
 
     def undo() -> None:
         for layer in adopted:
             layer.__class__ = torch.nn.Linear
-            if hasattr(layer.weight, MARK):
-                delattr(layer.weight, MARK)
+        for place in places:
+            _places.pop(id(place.parameter), None)
 
     return undo

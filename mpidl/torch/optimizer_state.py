@@ -86,10 +86,11 @@ class OptimizerState:
             name: self._tensor(table, dtype, torch.device("cpu"))
             for name, dtype in {MADE: torch.uint8, **numbers}.items()
         }
+        self._late: set[str] = set()  # names that the optimizer did not use at the start
         owned = [self._group.gather(strategy.owned(flat.param.size)) for flat in buckets]
         self._owners = [
-            next(r for r, part in enumerate(owned[place.bucket])
-                 if part.start <= place.part.start < part.stop)
+            next((r for r, part in enumerate(owned[place.bucket])
+                  if part.start <= place.part.start < part.stop), 0)
             for place in places
         ]  # fmt: skip
         self._kept: set[int] = set()  # places
@@ -122,8 +123,9 @@ class OptimizerState:
                 kept = flat[name][shard.part]
             elif name in self._numbers:
                 kept = self._numbers[name][self._group.rank, shard.place]
-            else:
-                raise InvalidArgument(f"optimizer state {name!r}: not known when it was made")
+            else:  # it stays this rank's
+                self._late.add(name)
+                continue
             kept.copy_(value.reshape(kept.shape))
             state[name] = kept
 
@@ -131,13 +133,14 @@ class OptimizerState:
         """Take over the state of whole parameters: one that was loaded, say. Not collective."""
         self.sharded.clear()
         self._kept.clear()
+        self._numbers[MADE][self._group.rank].zero_()
         for shard in self.shards:
             place = self._places[shard.place]
             first = shard.part.start - place.part.start
             part = slice(first, first + shard.part.stop - shard.part.start)
             mine = {
                 name: real(value)[part].clone()
-                if torch.is_tensor(value) and name in self._flat[place.bucket]
+                if torch.is_tensor(value) and value.ndim and value.shape == place.parameter.shape
                 else copy.copy(value)
                 for name, value in state.get(place.parameter, {}).items()
             }
@@ -167,6 +170,11 @@ class OptimizerState:
                 f"optimizer.state_dict(): {type(self._strategy).__name__} keeps its parts on "
                 "several ranks: call DataParallel.gather_optimizer_state() on all ranks first"
             )
+        if self._late:
+            raise InvalidArgument(
+                f"optimizer.state_dict(): the optimizer began to keep {', '.join(self._late)} when "
+                "DataParallel was there already: make that when the optimizer has its settings"
+            )
         found: State = {}
         for number, place in enumerate(self._places):
             owner = self._owners[number]
@@ -188,7 +196,8 @@ def kinds_of(optimizer: Any, group: dict[str, Any]) -> tuple[dict[str, Any], dic
     """Return the names and dtypes of the state that `optimizer` keeps for a parameter of `group`.
 
     First what it keeps for each element, where None means the parameter's dtype; then numbers.
-    Found out by a step of a copy of it, with a parameter of its own.
+    Found out by a step of a copy of it, with a parameter of its own. Raises InvalidArgument for
+    other state.
     """
     probe = copy.copy(optimizer)
     parameter = torch.nn.Parameter(torch.ones(PROBE))
@@ -201,6 +210,12 @@ def kinds_of(optimizer: Any, group: dict[str, Any]) -> tuple[dict[str, Any], dic
     with torch.no_grad():
         type(optimizer).step(probe)
     tensors = {n: v for n, v in probe.state[parameter].items() if torch.is_tensor(v)}
+    others = [n for n, v in probe.state[parameter].items() if n not in tensors and v is not None]
+    if others:
+        raise InvalidArgument(
+            f"{type(optimizer).__name__} keeps {', '.join(others)} for each parameter, which is no "
+            "tensor: pass by_element=False"
+        )
     return (
         {n: None if v.dtype == parameter.dtype else v.dtype
          for n, v in tensors.items() if v.shape == parameter.shape},

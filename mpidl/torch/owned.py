@@ -26,6 +26,8 @@ BY_ELEMENT = (
     "Rprop",
 )  # fmt: skip
 
+MARK = "_mpidl_steps"  # an attribute of optimizers that have one of these
+
 
 def steps_by_element(optimizer: Any) -> bool:
     """Tell whether `optimizer` is one of torch's that treat each element by itself."""
@@ -50,13 +52,21 @@ class OwnedSteps:
         gradients: Gradients,
     ) -> None:
         self.optimizer, self._strategy, self._buckets = optimizer, strategy, buckets
-        self._places, self._gradients = places, gradients
+        self._world, self._places, self._gradients = world, places, gradients
         self.state = OptimizerState(optimizer, world, strategy, buckets, places)
         self._group_of = {id(p.parameter): buckets[p.bucket].group for p in places}
         self._params: list[list[Any]] | None = None  # the groups', in a step
         self._shows = False
+        self._loaded = any(optimizer.state.values())  # whole parameters' state, to be taken over
         self._take_over()
+        world.barrier()  # every rank has: `state_dict` sees all of it
         this = weakref.ref(self)
+        taken = getattr(optimizer, MARK, None)
+        if taken is not None and taken() is not None:
+            raise InvalidArgument(
+                "this optimizer has a DataParallel already, which keeps its state: close() that"
+            )
+        setattr(optimizer, MARK, this)
 
         def hook(method: str) -> Any:
             def call(_: Any, *args: Any) -> Any:
@@ -70,14 +80,19 @@ class OwnedSteps:
             optimizer.register_step_post_hook(hook("_after")).remove,
             optimizer.register_state_dict_pre_hook(hook("_show")).remove,
             optimizer.register_state_dict_post_hook(hook("_hide")).remove,
+            optimizer.register_load_state_dict_post_hook(hook("_load")).remove,
         ]
 
     def close(self) -> None:
         """Leave the optimizer alone, with the state of whole parameters. Collective."""
+        self._take_over()
+        self._world.barrier()
         for remove in self._removals:
             remove()
+        delattr(self.optimizer, MARK)
         self.state.gather()
         whole = self.state.whole()
+        self.optimizer.state.clear()
         self.optimizer.state.update(
             {
                 p: {name: value.clone() for name, value in state.items()}
@@ -85,11 +100,15 @@ class OwnedSteps:
             }
         )
 
+    def _load(self) -> None:
+        self._loaded = True
+
     def _take_over(self) -> None:
-        """Take the state of whole parameters that the optimizer has, if it was given one."""
-        if self.optimizer.state:
+        """Take the state of whole parameters that the optimizer was given, if it was."""
+        if self._loaded:
+            self._loaded = False
             self.state.scatter(self.optimizer.state)
-            self.optimizer.state.clear()
+        self.optimizer.state.clear()  # looking into it makes empty entries
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the optimizer what is owned."""
@@ -108,6 +127,8 @@ class OwnedSteps:
                     f"optimizer group {i} has other parameters than when DataParallel was made"
                 )
         self._take_over()
+        if self._strategy.shared:  # nobody reads the old parameters any more
+            self._world.local.Barrier()
         mine: list[list[Any]] = [[] for _ in groups]
         for shard in self.state.shards:
             place = self._places[shard.place]
@@ -129,6 +150,7 @@ class OwnedSteps:
         self.state.keep()
         for flat in self._buckets:
             self._strategy.share(flat.param)
+        torch.autograd.graph.increment_version([place.parameter for place in self._places])
 
     def _restore(self) -> None:
         assert self._params is not None
@@ -140,8 +162,9 @@ class OwnedSteps:
 
     def _show(self) -> None:
         """Let `state_dict` see the state of whole parameters."""
-        self._shows = not self.optimizer.state  # else it is one that was loaded, and is whole
+        self._shows = not self._loaded  # else it is whole, as it was given
         if self._shows:
+            self.optimizer.state.clear()
             self.optimizer.state.update(self.state.whole())
 
     def _hide(self, _: Any) -> None:

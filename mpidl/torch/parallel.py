@@ -33,10 +33,13 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
     `optimizer`, each rank updates only what it owns where the strategy works that way: on one node
     "hierarchical", whose ranks share one copy of the parameters and of the optimizer's state.
     `optimizer.step()` is collective then. Its `param_groups`, its `state_dict` and the module's are
-    those of one process.
+    those of one process; to load them is for all ranks to do. What the ranks of a node share is to
+    be written once: see `writing` for what changes parameters other than by the optimizer.
 
     A gradient counts by its rank's samples: the rows of the first tensor that the module is called
-    with, in all calls since the last average; by `batch_dim=None` all ranks count the same.
+    with, in all calls that make a graph since the last average; a further backward counts as the
+    one before. By `batch_dim=None` all ranks count the same. All ranks must make the same backward
+    passes: see `average_gradients` and `join` for those that have nothing to do.
 
     Raises on every rank: UnknownStrategy; UnsupportedDtype; RankMismatch where the modules differ
     between ranks in names, shapes, dtypes, or in what is frozen, or arguments do; InvalidArgument
@@ -118,6 +121,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             places.broadcast(list(trained.values()), world)
         places.broadcast([*frozen.values(), *module.buffers()], world)
         self._batch_dim = batch_dim
+        self._register_load_state_dict_pre_hook(add_prefix)
         self._gradients = Gradients(world, self.strategy, self.buckets, self._places, frozen)
         if broadcast_buffers:
             self._gradients.buffers = Buffers(module, world)
@@ -154,8 +158,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         result = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._gradients.forget_task()
-            if self.module.training:
-                self._gradients.count(self._samples((args, kwargs)))
+            self._gradients.count(self._samples((args, kwargs)))
             for output in pytree.tree_leaves(result):
                 if torch.is_tensor(output) and output.requires_grad:
                     output.register_hook(self._gradients.begin)
@@ -179,7 +182,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         rate, if you do.
         """
         yield
-        if update is None and self._owned is not None:
+        if update is None and self.optimizer is not None:
             update = self.optimizer.step
         while self._gradients.average(0.0):
             if update is not None:
@@ -196,6 +199,22 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         """
         if self._owned is not None:
             self._owned.state.gather()
+
+    @contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Yield whether this rank is to write to the parameters, which may be shared. Collective.
+
+        For what changes them other than by the optimizer: `with model.writing() as mine: if mine:
+        weight.mul_(0.5)`. All ranks have done what they did before, and see what was written.
+        """
+        self.world.barrier()
+        try:
+            yield self._owned is None or not self.strategy.shared or self.world.local_rank == 0
+        finally:
+            self.world.barrier()
+
+    def __deepcopy__(self, _: Any) -> Any:
+        raise InvalidArgument("DataParallel cannot be copied: copy its `module`")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the module's. Not collective."""
@@ -217,6 +236,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         self._give_back()
         if self._owned is not None:
             self._owned.close()
+            self._owned = None
         for place in self._places:
             place.parameter.data = place.parameter.data.clone()
             place.parameter.grad = None
@@ -232,6 +252,12 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             if torch.is_tensor(value) and value.ndim > self._batch_dim:
                 return float(value.shape[self._batch_dim])
         return 1.0
+
+
+def add_prefix(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a module that has a DataParallel within it load its own `state_dict`."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def in_parts(world: World, strategy: Strategy) -> bool:

@@ -33,7 +33,7 @@ AVERAGED_AS = {
 }
 
 
-@dataclass(slots=True)
+@dataclass
 class Place:
     """One parameter, and what of it lies in a bucket."""
 
@@ -44,7 +44,7 @@ class Place:
     flat_grad: Any  #: tensor (n,): of real numbers, in the bucket
     grad: Any  #: what `parameter.grad` is to be: a view of `flat_grad`, or a copy of a half type's
     pointer: int = 0  #: where the parameter's values are
-    born: bool = False  #: whether this step's gradient was computed in the bucket; see `linear`
+    born: int | None = None  #: the task of autograd that computes it in the bucket; see `linear`
     node: Any = None  #: of autograd, which makes the gradient `.grad`
 
     @property

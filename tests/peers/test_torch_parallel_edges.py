@@ -325,3 +325,27 @@ def test_a_stale_graph_is_noticed(world: mpidl.World, rng: Any) -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     world.barrier()
+
+
+def test_batch_norm_over_all_ranks(world: mpidl.World, rng: Any) -> None:
+    """Like one process with the whole batch, running statistics too: for parts of equal size."""
+    import mpidl.torch as hvd
+
+    def convolutions(norm: Any) -> Any:
+        layers = [torch.nn.Conv2d(3, 4, 3), norm(4), torch.nn.ReLU(), torch.nn.Flatten()]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(64, 11))
+
+    hvd.init()
+    plain = seeded(lambda: convolutions(torch.nn.BatchNorm2d))
+    module = seeded(lambda: convolutions(hvd.SyncBatchNorm))
+    updates = [OPTIMIZERS["sgd"](m.parameters()) for m in (plain, module)]
+    parallel = DataParallel(module, updates[1])
+    for _ in range(20):
+        x, y = rng.standard_normal((12, 3, 6, 6)).astype(np.float32), rng.integers(0, 11, 12)
+        pairs = [(plain, torch.from_numpy(x), torch.from_numpy(y))]
+        pairs.append((parallel, mine(world, x), mine(world, y)))
+        for u, (m, a, b) in zip(updates, pairs, strict=True):
+            u.zero_grad()
+            loss_of(m(a), b).backward()
+            u.step()
+    assert_equal(parallel, plain, 1e-4)

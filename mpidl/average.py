@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import zlib
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,38 +51,73 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
     Numbers of two bytes travel and are summed as float32, and are rounded once, to nearest even.
 
     Raises on every rank, before anything is changed: UnsupportedDtype; InvalidArgument for what
-    is no array or read-only, or a negative weight; RankMismatch where names, shapes or dtypes
-    differ between ranks.
+    is no array or read-only, or a weight that is no number, below 0 or not finite, or all of 0;
+    RankMismatch where names, shapes or dtypes differ between ranks.
     """
     world = world or current()
     leaves: dict[str, Memory] = {}
     problem: MpidlError | None = None
     try:
         _collect(arrays, "arrays", leaves)
-        if not 0 <= weight < float("inf"):
-            raise InvalidArgument(f"weight={weight}: expected a finite number, 0 or more")
     except MpidlError as error:
-        problem, weight = error, 0.0
-    layout = ", ".join(
+        problem = error
+    layout = "\n".join(
         f"{name} {array.shape} {dtype}{' on the GPU' * is_device(array)}"
         for name, (array, dtype) in leaves.items()
     )
-    # One short message settles it where all is well: of P numbers with the sum s and the sum of
-    # squares q, s^2 = P q only if they are all equal (Cauchy and Schwarz). With 20 bits a number,
-    # both sums are exact in float64 up to 8,192 ranks; beyond, a longer look finds them equal.
+    mean(list(leaves.values()), layout, weight, world, problem)
+    return arrays
+
+
+def mean(
+    arrays: Sequence[Memory],
+    layout: str,
+    weight: Any,
+    world: World,
+    problem: MpidlError | None = None,
+) -> None:
+    """Replace each array by its weighted mean over ranks. Collective.
+
+    One short message settles the sum of the weights, and whether all ranks have the same `layout`
+    (lines of names, shapes and dtypes). `problem` is one that this rank has met on the way here.
+
+    Raises on every rank, before anything is changed: InvalidArgument for a weight that is no
+    number, below 0 or not finite, or all of 0; RankMismatch where layouts differ; any rank's
+    `problem`.
+    """
+    try:
+        weight = float(weight)
+        if not 0 <= weight < math.inf:
+            raise ValueError
+    except Exception:  # each library has its own
+        told = f"weight={weight!r}: expected a finite number, 0 or more"
+        problem = problem or InvalidArgument(told)
+    # Of P numbers with the sum s and the sum of squares q, s^2 = P q only if they are all equal
+    # (Cauchy and Schwarz). With 20 bits a number, both sums are exact in float64 up to 8,192 ranks;
+    # beyond, a longer look finds them equal.
     code = zlib.crc32(layout.encode()) >> 12
-    sums = world.sum([weight, problem is not None, code, code * code])
+    sums = world.sum([weight if problem is None else 0, problem is not None, code, code * code])
     total, problems = map(float, sums[:2])
     s, q = map(int, sums[2:])
     if problems:
         world.agree(problem)
     if s * s != world.size * q:
-        world.same(layout, "arrays")
+        compare(layout, world)
     if total == 0:
         world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
     if world.size > 1:
-        _average(list(leaves.values()), weight / total, world)
-    return arrays
+        _sum(arrays, weight / total, world)
+
+
+def compare(layout: str, world: World) -> None:
+    """Raise RankMismatch on every rank, with the first line that is not rank 0's. Collective.
+
+    But for addresses in it, which tell one process's objects from another's.
+    """
+    layout = re.sub(r" at 0x[0-9a-fA-F]+", "", layout)
+    mine, first = layout.splitlines(), world.broadcast(layout).splitlines()
+    pairs = zip_longest(mine, first, fillvalue="no more")
+    world.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
 
 
 def _collect(value: Arrays, name: str, leaves: dict[str, Memory]) -> None:
@@ -93,11 +131,11 @@ def _collect(value: Arrays, name: str, leaves: dict[str, Memory]) -> None:
         leaves[name] = memory(value, name)
 
 
-def _average(leaves: Sequence[Memory], weight: float, world: World) -> None:
+def _sum(arrays: Sequence[Memory], weight: float, world: World) -> None:
     """Replace each array by the sum over ranks of weight x array. Collective."""
     groups: dict[tuple[str, bool], list[Array]] = {}
     copies = []
-    for array, dtype in leaves:
+    for array, dtype in arrays:
         if array.flags.c_contiguous:
             flat = array.reshape(-1)
         else:

@@ -6,16 +6,16 @@ What `mpidl.jax`, `mpidl.keras` and `mpidl.tensorflow` stand on. It sees NumPy a
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpidl.array import ALIGNMENT_BYTES, aligned_zeros
+from mpidl.average import compare, mean
 from mpidl.errors import InvalidArgument, MpidlError, UnsupportedDtype
+from mpidl.foreign import SUPPORTED, memory
 from mpidl.staging import CHUNK_BYTES
-from mpidl.strategies import AllReduce
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
@@ -23,18 +23,15 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array
 
-#: In which dtype the numbers of another are added up, and travel.
-WIRE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
-
 _callback_world: World | None = None
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each array lies in one flat array for each dtype on the wire."""
+    """Where each array lies in one flat array for each dtype."""
 
-    places: tuple[tuple[str, int, tuple[int, ...]], ...]  #: (dtype on the wire, start, shape)
-    sizes: dict[str, int]  #: of the flat arrays
+    places: tuple[tuple[str, int, tuple[int, ...]], ...]  #: (dtype, start, shape)
+    sizes: dict[str, int]  #: of the flat arrays, by dtype
     layout: str  #: names, shapes and dtypes: the same on every rank
 
     @classmethod
@@ -45,23 +42,31 @@ class Packing:
         """
         places, sizes, told = [], dict[str, int](), []
         for name, array in arrays.items():
-            dtype = str(array.dtype)
-            if dtype not in WIRE:
-                raise UnsupportedDtype(f"{name} has dtype {dtype}; supported are {', '.join(WIRE)}")
-            wire = WIRE[dtype]
-            step = max(1, line // np.dtype(wire).itemsize)
-            start = -(-sizes.get(wire, 0) // step) * step
-            places.append((wire, start, tuple(array.shape)))
-            sizes[wire] = start + math.prod(array.shape)
-            told.append(f"{name} {tuple(array.shape)} {dtype}")
+            dtype, shape = str(array.dtype), tuple(array.shape)
+            if dtype not in SUPPORTED:
+                raise UnsupportedDtype(
+                    f"{name} has dtype {dtype}; supported are {', '.join(SUPPORTED)}"
+                )
+            step = max(1, line // np.dtype(dtype).itemsize)
+            start = -(-sizes.get(dtype, 0) // step) * step
+            places.append((dtype, start, shape))
+            sizes[dtype] = start + math.prod(shape)
+            told.append(f"{name} {shape} {dtype}")
         return cls(tuple(places), sizes, "\n".join(told))
+
+    def zeros(self) -> dict[str, Array]:
+        """Return the flat arrays, anew, by dtype."""
+        return {dtype: aligned_zeros(size, dtype) for dtype, size in self.sizes.items()}
 
     def views(self, flats: Mapping[str, Array]) -> list[Array]:
         """Return each array as a view of the flat one that it lies in."""
         return [
-            flats[wire][start : start + math.prod(shape)].reshape(shape)
-            for wire, start, shape in self.places
+            flats[dtype][start : start + math.prod(shape)].reshape(shape)
+            for dtype, start, shape in self.places
         ]
+
+
+EMPTY = Packing((), {}, "")
 
 
 def average(
@@ -73,76 +78,36 @@ def average(
     float32 and rounded once. Each mean starts on a cache line. `problem` is one that this rank
     has met on the way here.
 
-    Raises on every rank UnsupportedDtype, InvalidArgument for a weight below 0 or not finite, or
-    all of 0, RankMismatch where names, shapes or dtypes differ, and any rank's `problem`.
+    Raises on every rank UnsupportedDtype, InvalidArgument for a weight that is no number, below 0
+    or not finite, or all of 0, RankMismatch where names, shapes or dtypes differ, and any rank's
+    `problem`.
     """
-    packing = Packing((), {}, "")
+    packing = EMPTY
     if problem is None:
         try:
             packing = Packing.of(arrays)
         except MpidlError as error:
             problem = error
-    flats = {wire: aligned_zeros(size, wire) for wire, size in packing.sizes.items()}
+    flats = packing.zeros()
     means = packing.views(flats)
-    try:
-        weight = float(weight)
-    except (TypeError, ValueError):
-        problem, weight = problem or InvalidArgument(f"{weight=}: expected a number"), 0.0
-    for mean, array in zip(means, arrays.values(), strict=False):  # none, with a problem
-        np.copyto(mean, array, casting="same_kind")
+    for copy, array in zip(means, arrays.values(), strict=False):  # none, with a problem
+        copy[...] = array
     reduce(flats, packing.layout, weight, world, problem)
-    return [
-        mean.astype(array.dtype, copy=False)
-        for mean, array in zip(means, arrays.values(), strict=True)
-    ]
+    return means
 
 
 def reduce(
     flats: Mapping[str, Array],
     layout: str,
-    weight: float,
+    weight: Any,
     world: World,
     problem: MpidlError | None = None,
 ) -> None:
     """Replace each flat array (n,) by its weighted mean over ranks. Collective.
 
-    One short message settles the sum of the weights, and whether all have the same `layout`.
     Raises on every rank what `average` raises.
     """
-    if problem is None and not 0 <= weight < math.inf:
-        problem = InvalidArgument(f"weight={weight}: expected a finite number, 0 or more")
-    # Of P numbers with the sum s and the sum of squares q, s^2 = P q only if they are all equal
-    # (Cauchy and Schwarz). Of 20 bits each, both sums are exact in float64.
-    code = zlib.crc32(layout.encode()) >> 12
-    mine = 0.0 if problem is not None else weight
-    sums = world.sum([mine, problem is not None, code, code * code])
-    total, problems = map(float, sums[:2])
-    s, q = map(int, sums[2:])
-    if problems:
-        world.agree(problem)
-    if s * s != world.size * q:
-        compare(layout, world)
-    if total == 0:
-        world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
-    strategy = AllReduce(world)
-    for flat in flats.values():
-        if weight == 0:
-            flat.fill(0)  # whatever it holds, 0 x NaN is not 0
-        for _ in strategy.reduce(flat, weight / total):
-            pass  # it works in place
-    strategy.close()
-
-
-def compare(layout: str, world: World) -> None:
-    """Raise RankMismatch on every rank, with the first line that is not rank 0's. Collective."""
-    mine, first = layout.split("\n"), world.broadcast(layout).split("\n")
-    length = max(len(mine), len(first))
-    mine, first = (lines + ["no more"] * (length - len(lines)) for lines in (mine, first))
-    world.agree(
-        next(
-            (f"{a}, where rank 0 has {b}" for a, b in zip(mine, first, strict=True) if a != b), None
-        )
-    )
+    mean([memory(flat, dtype) for dtype, flat in flats.items()], layout, weight, world, problem)
 
 
 def broadcast(

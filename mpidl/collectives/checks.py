@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
     from mpidl.collectives.request import Description, Item
 
+#: What needs all ranks, also those that have joined.
+ALL_TAKE_PART = ("alltoall", "add_process_set", "remove_process_set")
+#: What the zeros of a rank that has joined would spoil.
+NOT_OF_ZEROS = ("min", "max", "product")
+
 Found = tuple[type[MpidlError], str]
 
 
@@ -52,10 +57,11 @@ def _differ(
             return RankMismatch, f"{one.kind}: {field}: {_by_rank(told)}"
     if one.kind == "broadcast" and members[one.root] in joined:
         return RankMismatch, f"broadcast: rank {members[one.root]}, its root, has joined"
-    if joined and one.kind == "alltoall":
+    if joined and (one.kind in ALL_TAKE_PART or one.op in NOT_OF_ZEROS):
+        what = f"{one.kind} by {one.op}" if one.op in NOT_OF_ZEROS else one.kind
         return (
             RankMismatch,
-            f"alltoall: {some(joined)} {'has' if len(joined) == 1 else 'have'} joined",
+            f"{what}: {some(joined)} {'has' if len(joined) == 1 else 'have'} joined",
         )
     return None
 

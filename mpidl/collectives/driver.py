@@ -18,8 +18,8 @@ from mpidl.collectives.coordinator import IDS, REMOVE, Answer, Coordinator
 from mpidl.collectives.execute import Executor, Plan, Task, absent, tasks_of
 from mpidl.collectives.link import ANSWER, BATCH, Link, pack, unpack
 from mpidl.collectives.stall import Stall
-from mpidl.collectives.timer import Timer
-from mpidl.world import NAP_SECONDS, SPIN_SECONDS
+from mpidl.collectives.timer import Timer, pause
+from mpidl.world import NAP_SECONDS
 
 if TYPE_CHECKING:
     from mpidl.collectives.coordinator import Extras
@@ -82,8 +82,9 @@ class Driver:
     def wake(self) -> None:
         """Let the thread begin in a while. Called at the first submission."""
         self.quiet = False
-        if self._timer is not None:
-            self._timer.set(GATHER_SECONDS)
+        timer = self._timer
+        if timer is not None:
+            timer.set(GATHER_SECONDS)
 
     def join(self) -> None:
         """Take part in what others submit, from the next message on. Not collective."""
@@ -159,7 +160,8 @@ class Driver:
         if self.failure is not None:
             return False
         moved = bool(self.ids or self.items)
-        ids, items = _drained(self.ids), _drained(self.items)
+        items = _drained(self.items)
+        ids = _drained(self.ids)  # after: JOIN or CLOSE must not overtake what came before them
         self._link.settle()
         if self._coordinator is None:
             if moved:
@@ -242,7 +244,7 @@ class Driver:
             offered = self.offered.pop(item.keys, None)
             if i < IDS and offered is not None:
                 self.known[item.keys if len(item.keys) > 1 else item.keys[0]] = (i, offered)
-            if i in self._tasks:
+            if i < IDS and i in self._tasks:  # plans keep no others
                 self._plans.clear()
             self._tasks[i] = tasks_of(item)
         for keys, (kind, text) in extras.errors:
@@ -287,7 +289,8 @@ class Driver:
 
     def _busy(self) -> bool:
         listens = self._coordinator is not None and self._coordinator.listens
-        return self.failure is None and (bool(self.in_flight) or listens)
+        waits = bool(self.in_flight) or listens or not self._link.settled
+        return self.failure is None and waits
 
     def _run(self, timer: Timer) -> None:
         """Drive while nobody else does; in the thread."""
@@ -305,12 +308,15 @@ class Driver:
     def stop(self) -> None:
         """End the thread, whatever is in flight. Not collective."""
         self._stop = True
-        thread = self._thread
-        if thread is not None and self._process == os.getpid():
-            assert self._timer is not None
-            while thread.is_alive() and thread is not threading.current_thread():
-                self._timer.set(NAP_SECONDS)  # again: it may itself have set another time
-                thread.join(timeout=0.1)
+        thread, timer = self._thread, self._timer
+        if thread is None or timer is None or self._process != os.getpid():
+            return
+        while thread.is_alive() and thread is not threading.current_thread():
+            timer.set(NAP_SECONDS)  # again: it may itself have set another time
+            thread.join(timeout=0.1)
+        if not thread.is_alive():
+            self._timer = None
+            timer.close()
 
     def free(self) -> None:
         """Give the communicators back, after `stop`. Collective."""
@@ -320,17 +326,6 @@ class Driver:
         self._link.free()
         self.world.local.Free()
         self.world.comm.Free()
-
-
-def pause(start: float) -> None:
-    """Leave the core to others: for a moment, or for a nap if nothing has come since `start`.
-
-    `time.sleep(0)` takes 76 us where the kernel rounds it up to its timers' slack.
-    """
-    if time.perf_counter() - start > SPIN_SECONDS:
-        time.sleep(NAP_SECONDS)
-    else:
-        os.sched_yield()
 
 
 def _drained(found: deque[Any]) -> list[Any]:

@@ -109,7 +109,8 @@ class Engine:
 
         Until then this rank takes part in what others submit: with zeros in allreduce and
         reducescatter, and so in a mean that is still over all ranks of the process set; with no
-        rows in allgather. Raised on the others: a broadcast from here, and an alltoall.
+        rows in allgather. Raised on the others: a broadcast from here, an alltoall, what is reduced
+        by min, max or product, which zeros would spoil, and a change of process sets.
         """
         handle = self._control(JOIN)
         self._driver.join()
@@ -167,23 +168,24 @@ class Engine:
         if found.world is None:
             raise InvalidArgument(f"process set {process_set}: rank {self.world.rank} is not in it")
         keys = tuple((process_set, request.name) for request in requests)
+        descriptions = tuple(describe(request, len(found.ranks)) for request in requests)
         for request, key, handle in zip(requests, keys, handles, strict=True):
             if self._in_flight.setdefault(key, handle) is not handle:
                 for other, h in zip(keys, handles, strict=True):
                     if self._in_flight.get(other) is h:
                         del self._in_flight[other]
                 raise self._taken(request)
-        descriptions = tuple(describe(request, len(found.ranks)) for request in requests)
-        signatures: Any = None
+        offered: Any = None
         if not any(d.problem or d.kind == "barrier" for d in descriptions):
             signatures = tuple(map(signature, requests))
-        known = self._known.get(keys) if len(keys) > 1 else None
-        if known is not None and known[1] == signatures:
+            offered = signatures if len(keys) > 1 else signatures[0]
+        known = self._known.get(keys if len(keys) > 1 else keys[0])
+        if known is not None and known[1] == offered:
             self._ids.append(known[0])
         else:
             names = tuple(request.name for request in requests)
-            if signatures is not None:
-                driver.offered[keys] = signatures if len(keys) > 1 else signatures[0]
+            if offered is not None:
+                driver.offered[keys] = offered
             driver.items.append(Item(process_set, names, descriptions, requests[0].group))
         if driver.quiet:
             driver.wake()

@@ -49,6 +49,11 @@ class Link:
             self._leaving = [pair for pair in self._leaving if not pair[0].Test()]
         return not self._leaving
 
+    @property
+    def settled(self) -> bool:
+        """Whether all had left when `settle` last looked; any thread may ask."""
+        return not self._leaving
+
     def receive(self, source: int, tag: int) -> tuple[int, bytearray] | None:
         """Return a message that has come, with its sender, or None. `source` -1: from any rank."""
         MPI, status = self._MPI, self._status

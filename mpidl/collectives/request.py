@@ -119,21 +119,28 @@ def describe(request: Request, size: int) -> Description:
     """Return what to tell of a request to a process set of `size` ranks. Raises nothing."""
     array: Any = request.array
     dtype = request.dtype or str(getattr(array, "dtype", ""))
+    factors = _number(request.prescale), _number(request.postscale)
     return Description(
         request.kind,
         dtype,
         tuple(getattr(array, "shape", ())),
         request.op,
         request.root,
-        float(request.prescale),
-        float(request.postscale),
+        *factors,
         None if request.splits is None else tuple(request.splits),
         request.device,
-        _problem(request, dtype, size),
+        _problem(request, dtype, size, factors),
     )
 
 
-def _problem(request: Request, dtype: str, size: int) -> str | None:
+def _number(factor: Any) -> float:
+    try:
+        return float(factor)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _problem(request: Request, dtype: str, size: int, factors: tuple[float, float]) -> str | None:
     """Return what cannot be in a request, whatever the other ranks submit."""
     kind, array = request.kind, request.array
     if kind not in COMPARED:
@@ -153,7 +160,7 @@ def _problem(request: Request, dtype: str, size: int) -> str | None:
     if not array.flags.carray and not (kind in UNEQUAL and array.flags.c_contiguous):
         return "an array that is read-only or has gaps: expected a C-contiguous one"
     if kind in ("allreduce", "reducescatter"):
-        return _sum_problem(request, dtype, array)
+        return _sum_problem(request, dtype, array, factors)
     if kind == "broadcast" and not 0 <= request.root < size:
         return f"root {request.root}: expected a rank from 0 to {size - 1} of the process set"
     if kind in UNEQUAL and not array.ndim:
@@ -163,7 +170,9 @@ def _problem(request: Request, dtype: str, size: int) -> str | None:
     return None
 
 
-def _sum_problem(request: Request, dtype: str, array: Array) -> str | None:
+def _sum_problem(
+    request: Request, dtype: str, array: Array, factors: tuple[float, float]
+) -> str | None:
     op, kind = request.op, array.dtype.kind
     if op not in OPS:
         return f"op {op!r}: expected one of {', '.join(OPS)}"
@@ -171,6 +180,8 @@ def _sum_problem(request: Request, dtype: str, array: Array) -> str | None:
         kind not in NUMBERS or array.dtype.itemsize > 8 * (1 + (kind == "c"))
     ):
         return f"dtype {dtype}: MPI cannot sum it"
+    if any(map(math.isnan, factors)):
+        return f"factors {request.prescale!r} and {request.postscale!r}: expected numbers"
     if kind == "b" and (op == "average" or request.prescale != 1 or request.postscale != 1):
         return f"dtype bool: {op} with factors {request.prescale:g} and {request.postscale:g}"
     if kind == "c" and op in ("min", "max"):
@@ -182,8 +193,6 @@ def _sum_problem(request: Request, dtype: str, array: Array) -> str | None:
             return "op adasum: reducescatter takes the others only"
         if not array.ndim:
             return "a number: expected an array of one dimension or more"
-    if math.isnan(request.prescale) or math.isnan(request.postscale):
-        return f"factors {request.prescale:g} and {request.postscale:g}: expected numbers"
     return None
 
 

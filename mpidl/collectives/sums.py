@@ -42,9 +42,12 @@ class Sums:
         step = CHUNK_BYTES // flat.itemsize
         for start in range(0, flat.size, step):
             chunk = flat[start : start + step]
+            values = _wide(chunk, d)
             if world.size > 1:
-                world.comm.Allreduce(world.MPI.IN_PLACE, chunk, _op(world, d))
-            _finish(chunk, d, world.size)
+                world.comm.Allreduce(world.MPI.IN_PLACE, values, _op(world, d))
+            _finish(values, d, world.size)
+            if values is not chunk:
+                chunk[:] = values
 
     def reduce_scatter(
         self, world: World, flat: Array, counts: Sequence[int], d: Description
@@ -55,10 +58,11 @@ class Sums:
         if d.prescale != 1:
             flat = flat.copy()
             scale(flat, d.prescale)
-        part = np.empty(counts[world.rank], flat.dtype)
-        world.comm.Reduce_scatter(flat, part, list(counts), _op(world, d))
+        values = _wide(flat, d)
+        part = np.empty(counts[world.rank], values.dtype)
+        world.comm.Reduce_scatter(values, part, list(counts), _op(world, d))
         _finish(part, d, world.size)
-        return part
+        return part.astype(flat.dtype, copy=False)
 
     def _adasum(self, world: World, flat: Array, d: Description) -> None:
         wide = self._halves.decode(flat, d.dtype) if d.dtype in HALVES else flat
@@ -83,6 +87,15 @@ def _op(world: World, d: Description) -> Any:
         "min": MPI.LAND if logical else MPI.MIN,
         "product": MPI.LAND if logical else MPI.PROD,
     }[d.op]
+
+
+def _wide(values: Array, d: Description) -> Array:
+    """Return `values` (n,) as they are summed: for an average, one or two bytes as four.
+
+    Else the sum would wrap around, where the average does not. Sums in these dtypes do wrap.
+    """
+    small = values.dtype.kind in "iu" and values.dtype.itemsize < 4
+    return values.astype(np.int32) if small and d.op == "average" else values
 
 
 def _finish(values: Array, d: Description, ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,7 +11,6 @@ from jax import numpy as jnp
 from jax.experimental import io_callback
 
 from mpidl import packed
-from mpidl.array import aligned_zeros
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.jax.leaves import as_numpy, flatten, is_traced, like
 from mpidl.world import current
@@ -18,6 +18,12 @@ from mpidl.world import current
 if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.jax.leaves import Tree
+
+# XLA gives its pool on the CPU a thread for each core, or NPROC of them. A callback that sits on
+# the only one waits for ever for arguments of 1 MiB and more, which the pool is to bring: ranks
+# that are bound to a core need another thread. XLA reads it when JAX makes its first array.
+if os.environ.get("NPROC", str(len(os.sched_getaffinity(0)))) == "1":
+    os.environ["NPROC"] = "2"
 
 
 def average(tree: Tree, *, weight: float | jax.Array = 1.0) -> Tree:
@@ -34,6 +40,7 @@ def average(tree: Tree, *, weight: float | jax.Array = 1.0) -> Tree:
     copies more than outside. The first trace is collective too. Errors then reach the caller as
     jax.errors.JaxRuntimeError, with the text of those below. JAX can neither differentiate such a
     callback nor map it by `jax.vmap`: average the gradients, or what a mapped function returns.
+    Ranks that have one core each must import this module before JAX makes its first array.
 
     Raises on every rank UnsupportedDtype; InvalidArgument for what is no array, or a weight below
     0 or not finite, or all of 0; RankMismatch where paths, shapes or dtypes differ between ranks.
@@ -54,10 +61,13 @@ def average(tree: Tree, *, weight: float | jax.Array = 1.0) -> Tree:
 def _staged(leaves: dict[str, Any], weight: Any) -> list[jax.Array]:
     """Stage the average out to the program that is being traced.
 
-    All leaves of a dtype on the wire go through one flat array, which XLA packs.
+    All leaves of a dtype go through one flat array, which XLA packs.
     """
     world = packed.callback_world()
     try:
+        if not is_traced([weight]):
+            # a count of samples may pass int32
+            weight = as_numpy(float(weight) if isinstance(weight, int) else weight, "weight")
         arrays = {
             name: x if is_traced([x]) else jnp.asarray(as_numpy(x, name))
             for name, x in leaves.items()
@@ -68,20 +78,20 @@ def _staged(leaves: dict[str, Any], weight: Any) -> list[jax.Array]:
         jax.effects_barrier()
         packed.reduce({}, "", 0.0, world, error)
         raise
-    parts: dict[str, list[jax.Array]] = {wire: [] for wire in packing.sizes}
-    for array, (wire, _, _) in zip(arrays.values(), packing.places, strict=True):
-        parts[wire].append(array.astype(wire).reshape(-1))
+    parts: dict[str, list[jax.Array]] = {dtype: [] for dtype in packing.sizes}
+    for array, (dtype, _, _) in zip(arrays.values(), packing.places, strict=True):
+        parts[dtype].append(array.reshape(-1))
     flats = [jnp.concatenate(part) if len(part) > 1 else part[0] for part in parts.values()]
-    buffers = {wire: aligned_zeros(size, wire) for wire, size in packing.sizes.items()}
+    buffers = packing.zeros()
 
     def on_host(weight: Any, *flats: Any) -> list[Array]:
         """Average in memory kept for it: what it returns is copied before the next call."""
         for buffer, flat in zip(buffers.values(), flats, strict=True):
             np.copyto(buffer, np.asarray(flat))
-        packed.reduce(buffers, packing.layout, float(np.asarray(weight)), world)
+        packed.reduce(buffers, packing.layout, np.asarray(weight), world)
         return list(buffers.values())
 
-    shapes = [jax.ShapeDtypeStruct((size,), wire) for wire, size in packing.sizes.items()]
+    shapes = [jax.ShapeDtypeStruct((size,), dtype) for dtype, size in packing.sizes.items()]
     try:
         means = io_callback(on_host, shapes, weight, *flats, ordered=True)
     except ValueError as error:
@@ -89,5 +99,4 @@ def _staged(leaves: dict[str, Any], weight: Any) -> list[jax.Array]:
             f"mpidl.jax.average cannot be differentiated, nor mapped by jax.vmap ({error}): "
             "average the gradients, or what the mapped function returns"
         ) from error
-    views = packing.views(dict(zip(packing.sizes, means, strict=True)))
-    return [view.astype(x.dtype) for view, x in zip(views, arrays.values(), strict=True)]
+    return packing.views(dict(zip(packing.sizes, means, strict=True)))

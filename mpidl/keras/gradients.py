@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array
 
+if keras.backend.backend() == "jax":
+    importlib.import_module("mpidl.jax")  # before JAX makes an array: see mpidl.jax.average
+
 
 def average(gradients: Sequence[Any], weight: float) -> list[Any]:
     """Return the weighted mean over ranks of each tensor; None stays None. Collective.
@@ -24,7 +27,7 @@ def average(gradients: Sequence[Any], weight: float) -> list[Any]:
     Raises what `mpidl.packed.average` raises, on every rank.
     """
     present = [g for g in gradients if g is not None]
-    means = iter(_backend()(present, weight) if present else [])
+    means = iter(_backend()(present, weight))  # of none, too: the others may have some
     return [None if g is None else next(means) for g in gradients]
 
 

@@ -37,8 +37,9 @@ def average(tensors: Any, *, weight: float = 1.0) -> Any:
     leaves = tf.nest.flatten(tensors)
     places = [i for i, leaf in enumerate(leaves) if leaf is not None]
     dense: list[Any] = []
-    packing = packed.Packing((), {}, "")
+    packing = packed.EMPTY
     try:
+        weight = _number(weight)
         dense = [_dense(leaves[i], i) for i in places]
         packing = packed.Packing.of({f"tensor {i}": _Described(t) for i, t in enumerate(dense)}, 1)
     except MpidlError as error:
@@ -46,17 +47,16 @@ def average(tensors: Any, *, weight: float = 1.0) -> Any:
         world = current() if tf.executing_eagerly() else packed.callback_world()
         packed.reduce({}, "", 0.0, world, error)
 
+    def plain(*tensors: Any) -> list[Any]:
+        if tf.executing_eagerly():
+            return _eager(tensors, weight)
+        return _staged(tensors, weight, packing)
+
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def mean(*tensors: Any) -> Any:
-        if tf.executing_eagerly():
-            means = _eager(tensors, weight)
-        else:
-            means = _staged(tensors, weight, packing)
-        return means, lambda *upstream: average(list(upstream), weight=weight)
+        return plain(*tensors), lambda *upstream: average(list(upstream), weight=weight)
 
-    means = mean(*dense) if dense else []
-    if not dense and tf.executing_eagerly():
-        packed.reduce({}, "", float(weight), current())  # the others may have some
+    means = mean(*dense) if dense else plain()  # of none, too: the others may have some
     for i, value in zip(places, means, strict=True):
         leaves[i] = value
     return tf.nest.pack_sequence_as(tensors, leaves)
@@ -69,6 +69,14 @@ class _Described:
         if not tensor.shape.is_fully_defined():
             raise InvalidArgument(f"a tensor of shape {tensor.shape}: expected one that is known")
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype.name
+
+
+def _number(weight: Any) -> Any:
+    """Return a weight that TensorFlow can cast."""
+    try:
+        return weight if tf.is_tensor(weight) else float(weight)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{weight=}: expected a number") from error
 
 
 def _dense(leaf: Any, number: int) -> Any:
@@ -88,23 +96,22 @@ def _eager(tensors: Any, weight: Any) -> list[Any]:
 
 
 def _staged(tensors: Any, weight: Any, packing: packed.Packing) -> list[Any]:
-    """Stage the average out: all tensors of a dtype on the wire go through one flat one."""
+    """Stage the average out: all tensors of a dtype go through one flat one."""
     world = packed.callback_world()
-    parts: dict[str, list[Any]] = {wire: [] for wire in packing.sizes}
-    for tensor, (wire, _, _) in zip(tensors, packing.places, strict=True):
-        parts[wire].append(tf.reshape(tf.cast(tensor, wire), [-1]))
+    parts: dict[str, list[Any]] = {dtype: [] for dtype in packing.sizes}
+    for tensor, (dtype, _, _) in zip(tensors, packing.places, strict=True):
+        parts[dtype].append(tf.reshape(tensor, [-1]))
 
     def on_host(weight: Any, *flats: Array) -> list[Array]:
         """Average in new memory, which TensorFlow keeps."""
-        copies = {wire: np.array(flat) for wire, flat in zip(parts, flats, strict=True)}
-        packed.reduce(copies, packing.layout, float(weight), world)
+        copies = {dtype: np.array(flat) for dtype, flat in zip(parts, flats, strict=True)}
+        packed.reduce(copies, packing.layout, weight, world)
         return list(copies.values())
 
     flats = [tf.concat(part, 0) for part in parts.values()]
     means = tf.numpy_function(on_host, [tf.cast(weight, "float64"), *flats], list(parts))
     held = dict(zip(parts, means if parts else [], strict=True))
-    views = [
-        tf.reshape(held[wire][start : start + math.prod(shape)], shape)
-        for wire, start, shape in packing.places
+    return [
+        tf.reshape(held[dtype][start : start + math.prod(shape)], shape)
+        for dtype, start, shape in packing.places
     ]
-    return [tf.cast(view, t.dtype) for view, t in zip(views, tensors, strict=True)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpidl.errors import InvalidArgument
+from mpidl.torch import session as sessions
 from mpidl.torch.grouped import grouped_allreduce_async_
 from mpidl.torch.ops import allreduce_, allreduce_async_, synchronize
 from mpidl.torch.reduce_op import Sum
@@ -44,6 +45,7 @@ class Group:
 
     slots: list[Slot] = field(default_factory=list)
     ready: int = 0  #: complete gradients
+    needed: int = 0  #: of those that are not frozen
     handles: list[tuple[int, list[Slot]]] = field(default_factory=list)  #: if they have begun
 
 
@@ -92,6 +94,11 @@ class Averages:
         """Whether gradients are on their way."""
         return bool(self._begun)
 
+    @property
+    def taken(self) -> set[str]:
+        """The names of gradients, and what those by place begin with."""
+        return {self.prefix, *(slot.name for slot in self._slots.values())}
+
     def watch(self, param_groups: Iterable[dict[str, Any]], begin: bool = True) -> None:
         """Take in new parameters, and `begin` with each gradient as soon as it is there.
 
@@ -111,10 +118,10 @@ class Averages:
         """Wait until all gradients are averaged; what nobody computed is 0. Collective."""
         if not self.alone:
             self.watch(param_groups)
-            for group in self._groups:
-                if not group.handles and any(slot.param.requires_grad for slot in group.slots):
-                    self._begin(group)
             try:
+                for group in self._groups:
+                    if not group.handles and any(slot.param.requires_grad for slot in group.slots):
+                        self._begin(group)
                 for group in self._begun:
                     for handle, slots in group.handles:
                         self._take(slots, synchronize(handle))
@@ -124,7 +131,10 @@ class Averages:
 
     def forget(self) -> None:
         """Wait for nothing that is on its way. Not collective."""
+        pending = {} if sessions._session is None else sessions._session.pending
         for group in self._begun:
+            for handle, _ in group.handles:
+                pending.pop(handle, None)  # it would hold its tensors
             group.handles = []
             for slot in group.slots:
                 slot.travels = slot.context = None
@@ -164,15 +174,20 @@ class Averages:
         self.done = False
         slot.passes -= 1
         if slot.passes == 0:
-            slot.group.ready += 1
-            if slot.group.ready == len(slot.group.slots):
-                self._begin(slot.group)
+            group = slot.group
+            if not group.ready:
+                group.needed = sum(each.param.requires_grad for each in group.slots)
+            group.ready += 1
+            if group.ready == group.needed:
+                self._begin(group)
 
     def _begin(self, group: Group) -> None:
         dense = []
         self._begun.append(group)
         for slot in group.slots:
             slot.passes = 0
+            if not slot.param.requires_grad:  # frozen: a gradient of 0 would let it decay
+                continue
             if self._is_dense(slot):
                 dense.append(slot)
             else:

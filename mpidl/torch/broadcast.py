@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, RankMismatch
 from mpidl.torch import session as sessions
 from mpidl.torch.errors import internal
 from mpidl.torch.objects import broadcast_object
@@ -38,12 +38,13 @@ def broadcast_parameters(
     layout = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
     session = sessions.active()
     with internal():
-        first = session.world.broadcast(layout, root_rank)
+        first = broadcast_object(layout, root_rank, "broadcast_parameters")
         pairs = zip(
             layout + ["no more"] * len(first), first + ["no more"] * len(layout), strict=False
         )
         differs = next((f"{a}, but rank {root_rank} has {b}" for a, b in pairs if a != b), None)
-        session.world.agree(differs)
+        problem = None if differs is None else RankMismatch(differs)
+        session.agree(problem, "broadcast_parameters.agree")
     handles = [broadcast_async_(t, root_rank, f"broadcast.{name}") for name, t in named]
     for handle in handles:
         synchronize(handle)
@@ -66,11 +67,15 @@ def broadcast_optimizer_state(
     tensors: list[Tensor] = []
     state = optimizer.state_dict()
     sizes = [len(group["params"]) for group in state["param_groups"]]
-    sent = broadcast_object((sizes, _without(state, tensors)) if root else None, root_rank)
+    mine = (sizes, _without(state, tensors)) if root else None
+    sent = broadcast_object(mine, root_rank, "broadcast_optimizer_state")
     here = [sizes, sent[0]]
     with internal():
         problem = f"groups of {here[0]} parameters, but rank {root_rank} has {here[1]}"
-        session.world.agree(InvalidArgument(problem) if here[0] != here[1] else None)
+        session.agree(
+            InvalidArgument(problem) if here[0] != here[1] else None,
+            "broadcast_optimizer_state.agree",
+        )
     if not root:
         state = _with(sent[1], tensors)
     handles = [

@@ -22,7 +22,14 @@ from mpidl.torch.grouped import (
     grouped_allreduce_async,
     grouped_reducescatter_async,
 )
-from mpidl.torch.ops import allreduce_async, alltoall_async, broadcast_async, synchronize
+from mpidl.torch.ops import (
+    allgather_async,
+    allreduce_async,
+    alltoall_async,
+    broadcast_async,
+    reducescatter_async,
+    synchronize,
+)
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 from mpidl.torch.reduce_op import Adasum, Average, Sum, reduction
 
@@ -63,11 +70,18 @@ class _ReduceScatter(torch.autograd.Function):  # type: ignore[misc]
 
 class _AllGather(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, process_set: ProcessSet, name: str | None, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, grouped: bool, process_set: ProcessSet, name: str | None, *tensors: Tensor
+    ) -> Any:
         ctx.process_set, ctx.shapes = process_set, [tensor.shape for tensor in tensors]
-        handle = grouped_allgather_async(tensors, name, process_set)
-        parts = sessions.active().pending[handle][0]
-        found = synchronize(handle)
+        if grouped:
+            handle = grouped_allgather_async(tensors, name, process_set)
+            parts = sessions.active().pending[handle][0]
+            found = synchronize(handle)
+        else:
+            handle = allgather_async(tensors[0], name, process_set)
+            parts = [sessions.active().pending[handle][0]]
+            found = [synchronize(handle)]
         ctx.starts = [sum(part.sizes[: process_set.rank()]) for part in parts]
         return tuple(found)
 
@@ -78,7 +92,7 @@ class _AllGather(torch.autograd.Function):  # type: ignore[misc]
             mean[start : start + (shape[0] if shape else 1)].reshape(shape)
             for mean, start, shape in zip(means, ctx.starts, ctx.shapes, strict=True)
         ]
-        return None, None, *mine
+        return None, None, None, *mine
 
 
 class _Broadcast(torch.autograd.Function):  # type: ignore[misc]
@@ -124,10 +138,11 @@ class _Reduction:
     prescale: float
     postscale: float
     process_set: ProcessSet
+    grouped: bool  #: whether as a group, if only of one
 
     def allreduce(self, tensors: Sequence[Tensor], name: str | None) -> tuple[Tensor, ...]:
         scales = (self.prescale, self.postscale)
-        if len(tensors) == 1:
+        if not self.grouped:
             handle = allreduce_async(tensors[0], None, name, self.op, *scales, self.process_set)
             return (synchronize(handle),)
         handle = grouped_allreduce_async(tensors, None, name, self.op, *scales, self.process_set)
@@ -135,6 +150,9 @@ class _Reduction:
 
     def reducescatter(self, tensors: Sequence[Tensor], name: str | None) -> tuple[Tensor, ...]:
         scales = (self.prescale, self.postscale)
+        if not self.grouped:
+            handle = reducescatter_async(tensors[0], name, self.op, self.process_set, *scales)
+            return (synchronize(handle),)
         handle = grouped_reducescatter_async(tensors, name, self.op, self.process_set, *scales)
         return tuple(synchronize(handle))
 
@@ -154,16 +172,10 @@ def allreduce(
     As `allreduce_async_`, but `tensor` stays as it is; `compression` narrows what travels.
     Differentiable for Average and Sum, by the same operation on the gradients.
     """
-    return grouped_allreduce(
-        [tensor],
-        average,
-        name,
-        compression,
-        op,
-        prescale_factor,
-        postscale_factor,
-        process_set,
-    )[0]
+    with internal():
+        chosen = reduction(op, average)
+    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=False)
+    return _compressed(_AllReduce, options, [tensor], name, compression)[0]
 
 
 def grouped_allreduce(
@@ -179,7 +191,7 @@ def grouped_allreduce(
     """Return each tensor combined with those of the other ranks, as `allreduce`. Collective."""
     with internal():
         chosen = reduction(op, average)
-    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set)
+    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=True)
     return _compressed(_AllReduce, options, tensors, name, compression)
 
 
@@ -193,9 +205,10 @@ def reducescatter(
     postscale_factor: float = 1.0,
 ) -> Tensor:
     """Return this rank's rows of the combined tensors, as `reducescatter_async`. Collective."""
-    return grouped_reducescatter(
-        [tensor], name, compression, op, process_set, prescale_factor, postscale_factor
-    )[0]
+    with internal():
+        chosen = reduction(op, None)
+    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=False)
+    return _compressed(_ReduceScatter, options, [tensor], name, compression)[0]
 
 
 def grouped_reducescatter(
@@ -210,7 +223,7 @@ def grouped_reducescatter(
     """Return this rank's rows of each of the combined tensors. Collective."""
     with internal():
         chosen = reduction(op, None)
-    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set)
+    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=True)
     return _compressed(_ReduceScatter, options, tensors, name, compression)
 
 
@@ -221,7 +234,7 @@ def allgather(
 
     As `allgather_async`. The gradient is this rank's part of the mean of all ranks' gradients.
     """
-    return grouped_allgather([tensor], name, process_set)[0]
+    return _AllGather.apply(False, process_set, name, tensor)[0]
 
 
 def grouped_allgather(
@@ -230,7 +243,7 @@ def grouped_allgather(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Return, for each tensor, those of all ranks, joined as by `allgather`. Collective."""
-    return list(_AllGather.apply(process_set, name, *tensors))
+    return list(_AllGather.apply(True, process_set, name, *tensors))
 
 
 def broadcast(

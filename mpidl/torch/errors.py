@@ -30,6 +30,12 @@ class HostsUpdatedInterrupt(RuntimeError):
         self.skip_sync = skip_sync
 
 
+def on_all(error: MpidlError) -> MpidlError:
+    """Return `error` as one that all ranks raise."""
+    error.collective = True
+    return error
+
+
 _classes: dict[type[MpidlError], type[HorovodInternalError]] = {}
 
 

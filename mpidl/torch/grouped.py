@@ -107,13 +107,13 @@ def _begin(
         if not tensors:
             raise InvalidArgument(f"grouped {kind}: expected at least one tensor")
         base = session.name(number_of(process_set)) if name is None else name
-        names = [base] if len(tensors) == 1 else [f"{base}.{i}" for i in range(len(tensors))]
+        names = [f"{base}.{i}" for i in range(len(tensors))]
         rows = kind != "allreduce"
         pairs = [
             prepare(session, kind, tensor, each, process_set, rows=rows)
             for tensor, each in zip(tensors, names, strict=True)
         ]
-        group = None if len(tensors) == 1 else group_of(base, process_set)
+        group = group_of(base, process_set)
         for _, request in pairs:
             request.op, request.group = op, group
             request.prescale, request.postscale = scales

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import importlib
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from mpidl.errors import InvalidArgument
 from mpidl.torch import session as sessions
+from mpidl.torch.errors import internal, on_all
 from mpidl.torch.ops import allgather_async, broadcast_, number_of, synchronize
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 
@@ -25,17 +27,22 @@ def broadcast_object(
 ) -> Any:
     """Return rank `root_rank`'s object, a copy of it on the other ranks. Collective.
 
-    Tensors in it arrive on the CPU if they cannot be where they were.
+    What pickle cannot take, cloudpickle does, if it is installed; raises InvalidArgument on every
+    rank if neither can. Tensors in it arrive on the CPU if they cannot be where they were.
     """
     name = name or sessions.active().name(number_of(process_set))
     root = sessions.rank() == root_rank
-    data = _pickled(obj) if root else torch.empty(0, dtype=torch.uint8)
+    problem, data = None, torch.empty(0, dtype=torch.uint8)
+    if root:
+        data, problem = _pickled(obj)
     length = torch.tensor([len(data)])
     broadcast_(length, root_rank, f"{name}.length", process_set)
     if not root:
         data = torch.empty(int(length), dtype=torch.uint8)
     broadcast_(data, root_rank, f"{name}.object", process_set)
-    return obj if root else _unpickled(data)
+    found = problem or obj if root else _unpickled(data)
+    _check([found], "broadcast_object")
+    return found
 
 
 def broadcast_object_fn(
@@ -54,18 +61,46 @@ def broadcast_object_fn(
 def allgather_object(
     obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[Any]:
-    """Return the objects of all ranks of the set, by rank. Collective."""
-    handle = allgather_async(_pickled(obj), name, process_set)
+    """Return the objects of all ranks of the set, by rank. Collective.
+
+    As in `broadcast_object`; ranks that have joined are left out.
+    """
+    handle = allgather_async(_pickled(obj)[0], name, process_set)
     part = sessions.active().pending[handle][0]
     data = synchronize(handle)
-    return [_unpickled(each) for each in data.split(list(part.sizes))]
+    found = [_unpickled(each) for each in data.split(list(part.sizes)) if len(each)]
+    _check(found, "allgather_object")
+    return found
 
 
-def _pickled(obj: Any) -> Any:
-    """Return a uint8 tensor (bytes,)."""
-    file = io.BytesIO()
-    pickle.dump(obj, file, pickle.HIGHEST_PROTOCOL)
-    return torch.from_numpy(np.frombuffer(file.getbuffer(), np.uint8))
+class _Problem(NamedTuple):
+    """What travels in place of an object that cannot."""
+
+    text: str
+
+
+def _pickled(obj: Any) -> tuple[Any, _Problem | None]:
+    """Return a uint8 tensor (bytes,), and what was wrong, if anything: then it holds that."""
+    problem = None
+    try:
+        data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        try:  # it takes functions without a name, and what is local to one
+            data = importlib.import_module("cloudpickle").dumps(obj)
+        except Exception:
+            kind = type(obj).__name__
+            problem = _Problem(f"rank {sessions.rank()}: {kind}: {type(error).__name__}: {error}")
+            data = pickle.dumps(problem)
+    return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8)), problem
+
+
+def _check(found: list[Any], what: str) -> None:
+    """Raise on all ranks InvalidArgument where an object could not be pickled."""
+    problems = [each.text for each in found if isinstance(each, _Problem)]
+    if problems:
+        with internal():
+            text = f"{what}: an object that cannot be pickled: {problems[0]}"
+            raise on_all(InvalidArgument(text))
 
 
 def _unpickled(data: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 Tensor = Any
 
-_numbers = itertools.count()
+_live: weakref.WeakSet[Averages] = weakref.WeakSet()
 
 
 def DistributedOptimizer(
@@ -80,7 +82,7 @@ def DistributedOptimizer(
     made: Any = object.__new__(type(kind.__name__, (mixin, kind), {}))
     # A scheduler that knows `optimizer` has put its `step` there: it is not this one's.
     made.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
-    prefix, names = _names(optimizer, named_parameters)
+    prefix, names = _names(optimizer, named_parameters, process_set)
     made._averages = Averages(
         prefix=prefix,
         names=names,
@@ -93,6 +95,7 @@ def DistributedOptimizer(
         process_set=process_set,
     )
     made._averages.watch(made.param_groups, begin=op != Adasum)
+    _live.add(made._averages)
     return made
 
 
@@ -133,6 +136,7 @@ class _Averaged:
         """Average the gradients, unless `synchronize` did, and make the step. Collective."""
         averages = self._averages
         if averages.skip:
+            averages.done = False
             return super().step(closure, **options)  # type: ignore[misc]
         if closure is not None:
             found = super().step(self._around(closure), **options)  # type: ignore[misc]
@@ -186,17 +190,18 @@ class _Averaged:
 
 
 def _names(
-    optimizer: Any, named_parameters: Iterable[tuple[str, Tensor]] | None
+    optimizer: Any,
+    named_parameters: Iterable[tuple[str, Tensor]] | None,
+    process_set: ProcessSet,
 ) -> tuple[str, dict[int, str]]:
-    """Return what all names begin with, and each parameter's, by its id. Raises InvalidArgument.
+    """Return what names by place begin with, and each parameter's name, by its id.
 
-    The optimizers of a program are numbered: several may have gradients on their way at once.
+    Optimizers that would share names are numbered: several may have gradients on their way at
+    once. Others are not: a rank may have one more of them. Raises InvalidArgument.
     """
-    number = next(_numbers)
-    prefix = f"gradient{number or ''}"
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if named_parameters is None:
-        return prefix, {}
+        return _free("gradients", [], process_set), {}
     named = list(named_parameters)
     if not all(isinstance(item, tuple) and len(item) == 2 for item in named):
         raise InvalidArgument(
@@ -205,14 +210,30 @@ def _names(
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise InvalidArgument(f"named_parameters: expected each name once, not {', '.join(twice)}")
-    names = {id(p): f"{prefix}.{name}" for name, p in named}
-    missing = [tuple(p.shape) for p in params if id(p) not in names]
+    given = {id(p): name for name, p in named}
+    missing = [tuple(p.shape) for p in params if id(p) not in given]
     if missing:
         raise InvalidArgument(
             "named_parameters: expected all parameters of the optimizer, but those of shapes "
             f"{missing} are not among them"
         )
-    return prefix, names
+    own = [given[id(p)] for p in params]
+    prefix = _free("gradient", own, process_set)
+    places = f"{prefix}.{own[0]}" if own else prefix
+    return places, {p: f"{prefix}.{name}" for p, name in given.items()}
+
+
+def _free(base: str, names: list[str], process_set: ProcessSet) -> str:
+    """Return `base`, with a number if an optimizer that lives has one of the names under it."""
+
+    def taken(prefix: str) -> bool:
+        wanted = {f"{prefix}.{name}" for name in names} or {prefix}
+        same_set = (a for a in _live if a.process_set is process_set)
+        return any(not wanted.isdisjoint(a.taken) for a in same_set)
+
+    if taken(base):
+        gc.collect()  # what is dead must be so on all ranks, also if it was part of a cycle
+    return next(p for p in (f"{base}{n or ''}" for n in itertools.count()) if not taken(p))
 
 
 def _groups(optimizer: Any, groups: int | Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, RankMismatch
 from mpidl.torch import session as sessions
-from mpidl.torch.errors import internal
+from mpidl.torch.errors import internal, on_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -81,10 +81,14 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
         raise InvalidArgument(f"{process_set} has been added already")
     world = session.world
     with internal():
-        given = world.gather(_ranks_of(process_set, world))
+        mine = (_ranks_of(process_set, world), process_set.mpi_comm is None)
+        told = session.gather(mine, "add_process_set")
+        given = [ranks for ranks, _ in told]
         wanted = list(dict.fromkeys(given))
-        if process_set.mpi_comm is None:
-            world.same(str(given[world.rank]), "add_process_set")
+        if len(wanted) > 1 and any(alike for _, alike in told):
+            rest = given.index(wanted[1])
+            text = f"add_process_set: rank 0: ranks {given[0]}; rank {rest}: ranks {given[rest]}"
+            raise on_all(RankMismatch(text))
         for ranks in wanted:
             if ranks in (tuple(range(world.size)), *_known.values()):
                 raise InvalidArgument(f"add_process_set: there is one of ranks {ranks} already")
@@ -111,7 +115,7 @@ def remove_process_set(process_set: ProcessSet) -> bool:
     if number is None or process_set is global_process_set:
         return False
     with internal():
-        for each in dict.fromkeys(session.world.gather(number)):
+        for each in dict.fromkeys(session.gather(number, "remove_process_set")):
             session.engine.remove_process_set(each)
             del _known[each]
     process_set._leave()

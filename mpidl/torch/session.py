@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import pickle
 from collections import defaultdict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
+
+from mpidl import abort
 from mpidl import world as worlds
-from mpidl.collectives import Engine
-from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.collectives import Engine, Request
+from mpidl.collectives.checks import some
+from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.torch import process_sets as sets
-from mpidl.torch.errors import internal
+from mpidl.torch.errors import internal, on_all
 from mpidl.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mpidl.collectives import Handle, Request
+    from mpidl.collectives import Handle
     from mpidl.torch.process_sets import ProcessSet
 
     #: The engine's handle, or a list of such; what makes the operation's result of what they give,
@@ -36,7 +44,10 @@ class Session:
         self.pending: dict[int, Pending] = {}
         self.count = 0  #: of handles
         self.timeline: Any = None
+        self.process = os.getpid()
         self._unnamed: defaultdict[int, int] = defaultdict(int)
+        self._layers: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        self._layers_named = 0
 
     def keep(self, handles: Any, finish: Callable[[Any], Any]) -> int:
         """Return the number under which `synchronize` finds an operation."""
@@ -52,6 +63,39 @@ class Session:
         """
         self._unnamed[process_set] = number = self._unnamed[process_set] + 1
         return f"unnamed.{process_set}.{number}"
+
+    def layer(self, module: Any) -> str:
+        """Return a name for a module: the same on all ranks, where they first use it in one order.
+
+        What comes under one name again and again costs less than what is unnamed.
+        """
+        if module not in self._layers:
+            self._layers_named += 1
+            self._layers[module] = f"layer.{self._layers_named}"
+        return self._layers[module]
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """Return the values of all ranks; they can be pickled. Collective.
+
+        Through the engine, so that a rank in `join` hangs nobody. Raises RankMismatch then on the
+        others.
+        """
+        array = np.frombuffer(pickle.dumps(value), np.uint8)
+        handle = self.submit(Request(what, "allgather", array))
+        data, sizes = bytes(self.wait(handle)), handle.sizes or ()
+        joined = [rank for rank, size in enumerate(sizes) if not size]
+        if joined:
+            raise on_all(RankMismatch(f"{what}: not while {some(joined)} waits in join()"))
+        ends = np.cumsum(sizes)
+        return [pickle.loads(data[end - n : end]) for end, n in zip(ends, sizes, strict=True)]
+
+    def agree(self, problem: MpidlError | None, what: str) -> None:
+        """Do as `World.agree`, through the engine; `what` is a name. Collective."""
+        problems = self.gather(problem and (type(problem), str(problem)), what)
+        found = next((p for p in problems if p is not None), None)
+        if found is not None:
+            who = [rank for rank, p in enumerate(problems) if p == found]
+            raise on_all(found[0](f"{some(who)}: {found[1]}"))
 
     def count_anew(self) -> None:
         """Begin again with names, where ranks may have come to different numbers."""
@@ -84,7 +128,9 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
         return
     if isinstance(process_sets, str) and process_sets != "dynamic":
         raise InvalidArgument(f'{process_sets=}: expected a list of process sets, or "dynamic"')
-    _session = Session(_world_of(worlds.init(), comm))
+    world = worlds.init()
+    _watch_status(world.MPI)
+    _session = Session(_world_of(world, comm))
     sets.set_up(_session, comm if hasattr(comm, "Get_rank") else None)
     for process_set in (
         () if process_sets is None or isinstance(process_sets, str) else process_sets
@@ -118,6 +164,38 @@ def shutdown() -> None:
     sets.tear_down()
     with internal():
         ended.engine.close()
+
+
+_status = 0  # which mpi4py was told to end all ranks with, when this one ends
+
+
+def _watch_status(MPI: Any) -> None:
+    """Hear of the status with which `python -m mpi4py` is to end all ranks, `SystemExit(1)`'s."""
+    tell = getattr(MPI, "_set_abort_status", None)
+    if tell is None or hasattr(tell, "__wrapped__"):
+        return
+
+    def told(status: Any) -> None:
+        global _status
+        _status = status
+        tell(status)
+
+    told.__wrapped__ = tell  # type: ignore[attr-defined]
+    MPI._set_abort_status = told
+
+
+def _at_exit() -> None:
+    """Shut down where the script did not: the others must not wait for this rank.
+
+    A rank that ends by an error ends all the others, and waits for none.
+    """
+    if abort._guard is not None:
+        abort._guard.at_exit()
+    if _session is not None and _session.process == os.getpid() and not _status:
+        shutdown()
+
+
+atexit.register(_at_exit)  # it runs before MPI's end, and that of the engine's thread
 
 
 def rebuild() -> None:

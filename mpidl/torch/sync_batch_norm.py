@@ -50,7 +50,9 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
         self._check_input_dim(input)
         if not self.training or sessions.size() == 1:
             return super().forward(input)
-        output, count, mean, var = _Normalize.apply(input, self.weight, self.bias, self.eps)
+        output, count, mean, var = _Normalize.apply(
+            input, self.weight, self.bias, self.eps, sessions.active().layer(self)
+        )
         if self.track_running_stats and self.running_mean is not None:
             self._move(count, mean, var)
         return output
@@ -91,12 +93,12 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
 
 class _Normalize(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
-        count, mean, var = _moments(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, name: str) -> Any:
+        count, mean, var = _moments(x, name)
         invstd = torch.rsqrt(var + eps)
         hat = (x - _along(mean, x)) * _along(invstd, x)
         ctx.save_for_backward(hat, weight, invstd)
-        ctx.count = count
+        ctx.count, ctx.name = count, name
         out = hat if weight is None else torch.addcmul(_along(bias, x), hat, _along(weight, x))
         ctx.mark_non_differentiable(count, mean, var)
         return out.to(x.dtype), count, mean, var
@@ -110,13 +112,14 @@ class _Normalize(torch.autograd.Function):  # type: ignore[misc]
         if weight is not None:
             to_bias, to_weight = sums.to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            g, gh = allreduce_(sums.clone(), op=Sum) / ctx.count.clamp(min=1)
+            total = allreduce_(sums.clone(), name=f"{ctx.name}.backward", op=Sum)
+            g, gh = total / ctx.count.clamp(min=1)
             to_x = grad - _along(g, grad) - hat * _along(gh, grad)
             to_x *= _along(invstd if weight is None else invstd * weight, grad)
-        return to_x, to_weight, to_bias, None
+        return to_x, to_weight, to_bias, None, None
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return elements per channel (), mean and variance (channels,) of all ranks, in float64.
 
     Collective: one message, of the moments of each rank, for each forward.
@@ -126,7 +129,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = _sums(x) / max(1, count)
     squares = _sums((x - _along(mean, x)).square_())
     mine = torch.cat([mean.new_tensor([count]), mean, squares])
-    found = synchronize(allgather_async(mine)).view(-1, 1 + 2 * channels)
+    found = synchronize(allgather_async(mine, f"{name}.forward")).view(-1, 1 + 2 * channels)
     counts, means, squares = found[:, :1], found[:, 1 : 1 + channels], found[:, 1 + channels :]
     total = counts.sum()
     mean = (counts * means).sum(0) / total.clamp(min=1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from mpidl.errors import InvalidArgument, RankMismatch, UnsupportedDtype
+from tests import job
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # they take most of the time
 jax = pytest.importorskip("jax", reason="needs JAX: pip install 'mpidl[jax]'")
@@ -205,6 +207,10 @@ def test_trees_that_differ(world: mpidl.World) -> None:
 def test_wrong_weights(weight: Any, world: mpidl.World) -> None:
     with pytest.raises(InvalidArgument, match="weight"):
         average(jnp.zeros(3), weight=weight if world.rank == 0 else 1)
+    with pytest.raises((InvalidArgument, jax.errors.JaxRuntimeError), match="weight"):
+        jax.block_until_ready(
+            jax.jit(lambda x: average(x, weight=weight if world.rank == 0 else 1))(jnp.zeros(3))
+        )
     with pytest.raises(InvalidArgument, match="weights of all ranks are 0"):
         average(jnp.zeros(3), weight=0)
 
@@ -234,6 +240,28 @@ def test_broadcast(world: mpidl.World, own: np.random.Generator) -> None:
         mine = jax.random.key_data(mine) if name == "key" else mine
         np.testing.assert_array_equal(np.asarray(mine), value)
     jax.random.normal(found["key"])  # it is a key still
+
+
+ONE_CORE = """
+import os
+os.environ.pop("NPROC", None)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import mpidl.jax
+import jax
+
+average = jax.jit(mpidl.jax.average)
+x = jax.numpy.ones((1024, 1024))
+for _ in range(5):
+    x = average(x @ x / 1024)  # which the pool is busy with when the average is called
+assert float(x[0, 0]) == 1
+"""
+
+
+def test_ranks_that_have_one_core_each(world: mpidl.World) -> None:
+    """Where one waits for its own callback, so does a process alone."""
+    if world.rank == 0:
+        result = job.execute(None, sys.executable, "-c", ONE_CORE, timeout=60)
+        assert result.status == 0, result
 
 
 def test_what_cannot_be_broadcast(world: mpidl.World) -> None:

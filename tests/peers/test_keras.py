@@ -22,6 +22,7 @@ pytest.importorskip(BACKEND, reason=f"needs {BACKEND}, the backend of Keras unde
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mpidl[keras]'")
 
 import mpidl.keras as hvd  # noqa: E402
+from mpidl.keras.gradients import average  # noqa: E402
 
 # what Keras 3.15 itself does where NumPy is 2.4
 pytestmark = pytest.mark.filterwarnings(
@@ -159,6 +160,21 @@ def test_a_loop_of_ones_own(world: mpidl.World, own: np.random.Generator) -> Non
     for after, wanted in zip(values(model.weights)[:3], expected, strict=False):
         np.testing.assert_allclose(after, wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(values(model.weights)[3], 0)
+
+
+def test_a_rank_without_gradients_keeps_none_waiting(
+    world: mpidl.World, own: np.random.Generator
+) -> None:
+    if world.size == 1:
+        pytest.skip("one rank always agrees with itself")
+    gradient = keras.ops.convert_to_tensor(own.standard_normal(3).astype("f"))
+    with pytest.raises(RankMismatch, match=r"no more, where rank 0 has .* \(3,\) float32"):
+        average([None if world.rank == world.size - 1 else gradient], 1.0)
+    assert average([None], 1.0) == [None]
+    mine = np.array(keras.ops.convert_to_numpy(gradient))
+    (found,) = average([gradient], 1.0)
+    expected = np.mean(world.gather(mine), axis=0)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_average_a_step(

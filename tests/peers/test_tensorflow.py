@@ -204,6 +204,23 @@ def test_tensors_that_differ(compiled: Any, world: mpidl.World) -> None:
         compiled(lambda: hvd.average([tf.zeros(3)], weight=-1.0))()
 
 
+def test_a_rank_without_tensors_keeps_none_waiting(compiled: Any, world: mpidl.World) -> None:
+    assert compiled(lambda: hvd.average([None]))() == [None]
+    if world.size > 1:
+        mine = None if world.rank == world.size - 1 else tf.zeros(3)
+        with pytest.raises(
+            (RankMismatch, *ERRORS), match=r"no more, where rank 0 has .* \(3,\) float32"
+        ):
+            compiled(lambda: hvd.average([mine]))()
+
+
+@pytest.mark.parametrize("weight", [-1.0, "a", [1.0, 2.0]])
+def test_wrong_weights(weight: Any, compiled: Any, world: mpidl.World) -> None:
+    mine = weight if world.rank == world.size - 1 else 1.0
+    with pytest.raises(InvalidArgument if compiled is HOW["eager"] else Exception, match="weight"):
+        compiled(lambda: hvd.average([tf.zeros(3)], weight=mine))()
+
+
 def test_ranks(world: mpidl.World) -> None:
     assert (hvd.rank(), hvd.size()) == (world.rank, world.size)
     assert (hvd.local_rank(), hvd.local_size()) == (world.local_rank, world.local_size)

@@ -278,7 +278,35 @@ def test_join(world: mpidl.World) -> None:
     assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == world.size  # names fit again
 
 
+def test_while_a_rank_waits_in_join(world: mpidl.World) -> None:
+    """What needs all ranks is raised on those that are not there, and hangs nobody."""
+    if world.rank:
+        for op in (hvd.Min, hvd.Max, hvd.Product):
+            with pytest.raises(RankMismatch, match="rank 0 has joined"):
+                hvd.allreduce(torch.ones(2), op=op, name="spoiled")
+        with pytest.raises(RankMismatch, match="rank 0"):
+            hvd.broadcast_parameters([("x", torch.ones(2))], root_rank=1)
+        for wanted in ([0], [world.size - 1]):
+            with pytest.raises(RankMismatch, match="rank 0"):
+                hvd.add_process_set(wanted)
+        optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1)
+        with pytest.raises(RankMismatch, match="rank 0"):
+            hvd.broadcast_optimizer_state(optimizer, 0)
+    hvd.join()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+def test_the_average_of_small_integers_does_not_wrap(dtype: Any, world: mpidl.World) -> None:
+    top = torch.iinfo(dtype).max
+    mine = torch.full((world.size,), top - world.rank % 2, dtype=dtype)
+    want = (world.size * top - world.size // 2) // world.size
+    assert hvd.allreduce(mine, name="small").tolist() == [want] * world.size
+    assert hvd.reducescatter(mine, name="small rows").tolist() == [want]
+
+
 MISMATCHES = {
+    "group": lambda r: hvd.grouped_allreduce([torch.ones(1)] * (1 + min(r, 1)), name="bad"),
+    "factor": lambda r: hvd.allreduce(torch.ones(3), prescale_factor=["x", 1.0][r % 2], name="bad"),
     "shape": lambda r: hvd.allreduce(torch.ones(3 + r), name="bad"),
     "dtype": lambda r: hvd.allreduce(torch.ones(3, dtype=FLOATS[r % 2]), name="bad"),
     "op": lambda r: hvd.allreduce(torch.ones(3), op=[hvd.Sum, hvd.Max][r % 2], name="bad"),
@@ -303,6 +331,9 @@ def test_mismatches_are_raised_on_every_rank(what: str, world: mpidl.World) -> N
     assert isinstance(caught.value, (hvd.HorovodInternalError, RuntimeError))
     assert isinstance(caught.value, hvd.HorovodInternalError)
     assert hvd.allreduce(torch.ones(3), op=hvd.Sum, name="bad").tolist() == [world.size] * 3
+    for _ in range(3):  # the third time by numbers
+        found = hvd.grouped_allreduce([torch.ones(1)], op=hvd.Sum, name="bad")
+        assert found[0].item() == world.size
 
 
 def test_what_is_wrong_everywhere(world: mpidl.World) -> None:

@@ -376,6 +376,70 @@ def test_two_optimizers_at_once(world: mpidl.World, rng: np.random.Generator) ->
             torch.testing.assert_close(p.grad, grad)
 
 
+def test_one_more_optimizer_on_one_rank(world: mpidl.World, rng: np.random.Generator) -> None:
+    kept = []
+    model = torch.nn.Linear(2, 2)
+    if world.rank == 0:
+        for _ in range(2):
+            teacher = torch.nn.Sequential(torch.nn.Linear(2, 2)).named_parameters()
+            teacher = [(f"teacher.{name}", param) for name, param in teacher]
+            made = torch.optim.SGD([param for _, param in teacher], lr=0.1)
+            kept.append(hvd.DistributedOptimizer(made, teacher))
+    made = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hvd.DistributedOptimizer(made, model.named_parameters())
+    before = model.bias.detach().clone()
+    model(torch.full((1, 2), float(world.rank))).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.bias.detach(), before - 0.1)
+
+
+def test_a_frozen_parameter_does_not_decay(world: mpidl.World) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    hvd.broadcast_parameters(model.state_dict())
+    made = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer = hvd.DistributedOptimizer(made, model.named_parameters(), groups=1)
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.full((1, 2), 1.0 + world.rank)
+    model(x).sum().backward()
+    assert world.size == 1 or optimizer._averages.begun
+    optimizer.step()
+    assert torch.equal(model[0].weight, before["0.weight"])
+    want = before["1.bias"] - 0.1 * (1 + 0.1 * before["1.bias"])
+    torch.testing.assert_close(model[1].bias.detach(), want)
+
+
+def test_after_a_step_that_skips(world: mpidl.World, rng: np.random.Generator) -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    hvd.broadcast_parameters(model.state_dict())
+    made = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = hvd.DistributedOptimizer(made, model.named_parameters())
+    for step in range(2):
+        model.zero_grad()
+        before = model.weight.detach().clone()
+        if step == 0 or world.rank == 0:
+            model(torch.ones(1, 2)).sum().backward()
+        if step:
+            optimizer.step()
+            torch.testing.assert_close(model.weight.detach(), before - 1 / world.size)
+            continue
+        optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+def test_what_failed_is_forgotten(world: mpidl.World) -> None:
+    if world.size == 1:
+        pytest.skip("one rank agrees with itself")
+    params = [torch.ones(2 + min(world.rank, 1), requires_grad=True) for _ in range(3)]
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(params, lr=0.1))
+    sum(param.sum() for param in params).backward()
+    with pytest.raises(RankMismatch):
+        optimizer.step()
+    assert not hvd.session._session.pending
+    hvd.barrier()
+
+
 def test_zero_grad_too_early(world: mpidl.World, rng: np.random.Generator) -> None:
     net = model(rng)
     optimizer = named(torch.optim.SGD(net.parameters(), lr=0.1), net)

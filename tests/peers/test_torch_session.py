@@ -182,6 +182,49 @@ def test_objects(world: mpidl.World, own: np.random.Generator) -> None:
     assert names == [None] * world.size
 
 
+class Unpicklable:
+    def __reduce__(self) -> str:
+        raise TypeError("not this one")
+
+
+def test_objects_that_cannot_be_pickled(world: mpidl.World) -> None:
+    mine = Unpicklable() if world.rank == world.size - 1 else 1
+    for send in (hvd.allgather_object, lambda x: hvd.broadcast_object(x, world.size - 1)):
+        with pytest.raises(InvalidArgument, match=r"rank \d: Unpicklable: TypeError: not this one"):
+            send(mine)
+    assert hvd.allgather_object(world.rank) == list(range(world.size))
+
+
+def test_files_are_given_back(initialized: None) -> None:
+    counts = []
+    for _ in range(4):
+        hvd.init()
+        hvd.allreduce(torch.ones(2))
+        hvd.shutdown()
+        files = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        counts.append(sum("timerfd" in str(path.readlink()) for path in files))
+    assert len({*counts}) == 1
+
+
+def test_a_rank_that_ends_hangs_nobody(initialized: None, world: mpidl.World) -> None:
+    hvd.init()
+    if world.rank:
+        with pytest.raises(RankMismatch, match="the engine was closed there before rank 0"):
+            hvd.allreduce(torch.ones(3), name="x")
+    sessions._at_exit()  # comes to an end on rank 0 when the others are there
+    assert not hvd.is_initialized()
+
+
+def test_a_rank_that_ends_by_an_error_waits_for_nobody(
+    initialized: None, monkeypatch: pytest.MonkeyPatch, world: mpidl.World
+) -> None:
+    hvd.init()
+    assert hasattr(world.MPI._set_abort_status, "__wrapped__")  # it sets what follows
+    monkeypatch.setattr(sessions, "_status", 1)
+    sessions._at_exit()
+    assert hvd.is_initialized()
+
+
 def test_timeline(world: mpidl.World, tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     hvd.start_timeline(path)

@@ -112,8 +112,8 @@ def test_what_cannot_be_averaged(
     np.testing.assert_array_equal(good, world.rank)
 
 
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_wrong_weights(weight: float, world: mpidl.World) -> None:
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "a", None, np.ones(2)])
+def test_wrong_weights(weight: Any, world: mpidl.World) -> None:
     array = np.full(3, float(world.rank))
     with pytest.raises(InvalidArgument, match="weight"):
         mpidl.average(array, weight=weight if world.rank == 0 else 1)
@@ -126,9 +126,14 @@ def test_arrays_that_differ(world: mpidl.World) -> None:
     if world.size == 1:
         pytest.skip("one rank always agrees with itself")
     last = world.rank == world.size - 1
-    with pytest.raises(RankMismatch, match=r"\(4,\) float64, but rank 0 has .*\(3,\) float64"):
+    with pytest.raises(RankMismatch, match=r"\(4,\) float64, where rank 0 has .*\(3,\) float64"):
         mpidl.average(np.zeros(4 if last else 3))
-    with pytest.raises(RankMismatch, match=r"\['b'\].* but rank 0 has .*\['a'\]"):
+    several = [np.zeros(2), np.zeros((2, 3 + last)), np.zeros(4)]
+    with pytest.raises(
+        RankMismatch, match=r": arrays\[1\] \(2, 4\) .*has arrays\[1\] \(2, 3\) .{7}$"
+    ):
+        mpidl.average(several)
+    with pytest.raises(RankMismatch, match=r"\['b'\].* where rank 0 has .*\['a'\]"):
         mpidl.average({"b" if last else "a": np.zeros(3)})
 
 
@@ -233,5 +238,5 @@ def test_one_dtype_is_not_the_other(world: mpidl.World) -> None:
     if world.size == 1:
         pytest.skip("one rank always agrees with itself")
     dtype = torch.bfloat16 if world.rank else torch.float16
-    with pytest.raises(RankMismatch, match=r"\(3,\) bfloat16, but rank 0 has .*\(3,\) float16"):
+    with pytest.raises(RankMismatch, match=r"\(3,\) bfloat16, where rank 0 has .*\(3,\) float16"):
         mpidl.average(torch.zeros(3, dtype=dtype))

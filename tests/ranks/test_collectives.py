@@ -574,10 +574,61 @@ def test_what_cannot_be_while_a_rank_has_joined(world: World, engine: Engine) ->
         even = engine.submit(Request("y", "alltoall", np.ones(world.size)))
         with pytest.raises(RankMismatch, match="alltoall: rank 0 has joined"):
             engine.wait(even)
+        for op in ("min", "max", "product"):
+            spoiled = engine.submit(Request(op, "allreduce", np.full(2, -3.0), op=op))
+            with pytest.raises(RankMismatch, match=f"allreduce by {op}: rank 0 has joined"):
+                engine.wait(spoiled)
+        with pytest.raises(RankMismatch, match="add_process_set: rank 0 has joined"):
+            engine.add_process_set([1])
         other = np.full(2, world.rank)
         engine.wait(engine.submit(Request("z", "broadcast", other, root=1)))
         np.testing.assert_array_equal(other, [1, 1])
     engine.join()
+
+
+def test_unnamed_ones_leave_plans_alone(world: World) -> None:
+    engine = Engine(world)
+    for i in range(6):
+        engine.wait(engine.submit(Request("x", "allreduce", np.ones(3))))
+        if i == 3:
+            kept = dict(engine._driver._plans)
+        engine.wait(engine.submit(Request(f"once.{i}", "allreduce", np.ones(3))))
+    assert kept and all(engine._driver._plans.get(key) is plan for key, plan in kept.items())
+    engine.close()
+
+
+def test_a_request_of_wrong_factors_leaves_its_name(world: World, engine: Engine) -> None:
+    for wrong in ("x", None, float("nan")):
+        bad: Any = wrong
+        with pytest.raises(InvalidArgument, match="expected numbers"):
+            engine.wait(engine.submit(Request("n", "allreduce", np.ones(2), prescale=bad)))
+    array = np.ones(2)
+    engine.wait(engine.submit(Request("n", "allreduce", array)))
+    np.testing.assert_array_equal(array, world.size)
+
+
+def test_what_leaves_keeps_the_thread_awake(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(world)
+    engine.wait(engine.submit(Request("x", "barrier")))
+    driver = engine._driver
+    assert not driver.in_flight
+    if world.rank or world.size == 1:
+        engine.close()
+        return
+    with driver._lock:
+        monkeypatch.setattr(driver._link, "_leaving", [(_Late(), b"")])
+        assert driver._busy()
+    engine.close()
+
+
+class _Late:
+    """A message that leaves at the third look."""
+
+    looks = 0
+
+    def Test(self) -> bool:
+        self.looks += 1
+        return self.looks > 2
 
 
 def test_who_is_waited_for_is_told_once(

@@ -24,9 +24,9 @@ FRAMEWORKS = {
 }
 USUAL = {
     ("openmpi", 1): ("torch",),
-    ("openmpi", 2): ("torch", "jax", "keras on torch", "horovod"),
-    ("openmpi", 3): ("torch", "keras on jax"),
-    ("mpich", 2): ("torch", "jax"),
+    ("openmpi", 2): ("torch", "jax", "keras on torch", "keras on jax", "horovod"),
+    ("openmpi", 3): ("torch",),
+    ("mpich", 2): ("torch",),
 }
 
 

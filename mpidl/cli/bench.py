@@ -15,7 +15,9 @@ from mpidl.bench import coded, plots
 from mpidl.bench import engine as engine_bench
 from mpidl.bench import plan as plan_bench
 from mpidl.bench import scaling as scaling_bench
+from mpidl.bench import start as start_bench
 from mpidl.bench import step as step_bench
+from mpidl.bench import stragglers as stragglers_bench
 from mpidl.cli import launcher
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
 from mpidl.plan import units
@@ -167,6 +169,25 @@ def scaling(
     _tell(report, scaling_bench.show, as_json)
     if plot is not None:
         plots.scaling(report, plot)
+
+
+@app.command()
+def start(ranks: Ranks = None, as_json: AsJson = False, turns: Turns = start_bench.TURNS) -> None:
+    """Time a whole job of five small steps, from its start to its end."""
+    _tell(_or_exit(partial(start_bench.run, ranks or RANKS, turns)), start_bench.show, as_json)
+
+
+@app.command()
+def stragglers(
+    ranks: Ranks = None,
+    slow_down: Annotated[
+        float, typer.Option(min=1, help="How many times as long the slow rank computes.")
+    ] = stragglers_bench.SLOW_DOWN,
+    as_json: AsJson = False,
+) -> None:
+    """Let one rank compute more slowly, and see what it costs the others."""
+    report = _or_exit(partial(stragglers_bench.run, ranks or RANKS, slow_down))
+    _tell(report, stragglers_bench.show, as_json)
 
 
 def _places(ranks: int | None, hosts: str) -> tuple[int, dict[str, int] | None]:

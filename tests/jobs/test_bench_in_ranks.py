@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpidl.bench import allreduce, step, step_breakdown, step_ranks
+from mpidl.bench import allreduce, step, step_breakdown, step_ranks, stragglers
 from mpidl.strategies import own
 from tests import job
 from tests.jobs.test_failures import only_mpich
@@ -354,3 +354,20 @@ def test_what_bench_step_does_not_know() -> None:
         result = job.execute(None, *BENCH, "step", *options)
         assert result.status == 2, result
         assert "expected one of" in result.errors
+
+
+def test_a_slow_rank_costs_the_others_nothing_where_nobody_waits() -> None:
+    result = job.execute(None, *BENCH, "stragglers", "-n", "2", "--json")
+    assert result.status == 0, result
+    rows = {row["method"]: row for row in json.loads(result.output)["rows"]}
+    assert set(rows) == {"asynchronous", "parameter_server", "allreduce"}
+    assert rows["allreduce"]["kept"] < rows["asynchronous"]["kept"]  # 0.2 and about 1
+    stragglers.show({"rows": list(rows.values())})
+    result = job.execute(None, *BENCH, "stragglers", "-n", "1")
+    assert result.status == 2 and "2 ranks or more" in result.errors, result
+
+
+def test_start() -> None:
+    result = job.execute(None, *BENCH, "start", "-n", "3", "--turns", "1")
+    assert result.status == 0, result
+    assert result.output.startswith("3 ranks, 5 steps with hierarchical: ")

@@ -15,6 +15,7 @@ import mpidl
 PACKAGE = Path(mpidl.__file__).parent
 MAX_LINES = 350
 SECONDS_BEYOND_NUMPY = 0.05
+NUMPY_SECONDS = 0.08  # that NumPy's import takes at most on a machine at its usual speed
 MEDDLING = ("PYTHONDONTWRITEBYTECODE", "COVERAGE_PROCESS")
 
 LEVELS = {
@@ -157,9 +158,15 @@ def test_importing_starts_no_mpi_and_loads_no_framework(module: str) -> None:
 
 
 def test_importing_is_quick() -> None:
-    """Once is enough: the other times tell of what else the machine does."""
+    """Once is enough: the other times tell of what else the machine does.
+
+    Virtual machines are slow at times: then NumPy's own import, in the same process, tells how slow.
+    """
     code = (
-        "import time, numpy, numpy.random; start = time.process_time(); "  # numpy.random comes late
-        "import mpidl; print(time.process_time() - start)"
+        "import time; begin = time.process_time(); "
+        "import numpy, numpy.random; start = time.process_time(); "  # numpy.random comes late
+        "import mpidl; print(start - begin, time.process_time() - start)"
     )
-    assert any(float(python(code)) < SECONDS_BEYOND_NUMPY for _ in range(15))
+    pairs = [tuple(map(float, python(code).split())) for _ in range(15)]
+    slow = min(1, NUMPY_SECONDS / min(numpy for numpy, _ in pairs))
+    assert min(own for _, own in pairs) * slow < SECONDS_BEYOND_NUMPY, pairs

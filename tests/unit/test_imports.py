@@ -160,7 +160,7 @@ def test_importing_starts_no_mpi_and_loads_no_framework(module: str) -> None:
 def test_importing_is_quick() -> None:
     """Once is enough: the other times tell of what else the machine does.
 
-    Virtual machines are slow at times: then NumPy's own import, in the same process, tells how slow.
+    Virtual machines are slow at times: NumPy's own import, in the same process, tells how slow.
     """
     code = (
         "import time; begin = time.process_time(); "

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,22 +100,11 @@ def mean(
     if problems:
         world.agree(problem)
     if s * s != world.size * q:
-        compare(layout, world)
+        world.same_lines(layout.splitlines())
     if total == 0:
         world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
     if world.size > 1:
         _sum(arrays, weight / total, world)
-
-
-def compare(layout: str, world: World) -> None:
-    """Raise RankMismatch on every rank, with the first line that is not rank 0's. Collective.
-
-    But for addresses in it, which tell one process's objects from another's.
-    """
-    layout = re.sub(r" at 0x[0-9a-fA-F]+", "", layout)
-    mine, first = layout.splitlines(), world.broadcast(layout).splitlines()
-    pairs = zip_longest(mine, first, fillvalue="no more")
-    world.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
 
 
 def _collect(value: Arrays, name: str, leaves: dict[str, Memory]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl.array import ALIGNMENT_BYTES, aligned_zeros
-from mpidl.average import compare, mean
+from mpidl.average import mean
 from mpidl.errors import InvalidArgument, MpidlError, UnsupportedDtype
 from mpidl.foreign import SUPPORTED, memory
 from mpidl.staging import CHUNK_BYTES
@@ -122,7 +122,7 @@ def broadcast(
         problem = InvalidArgument(f"root {root}: expected a rank from 0 to {world.size - 1}")
     world.agree(problem)
     told = [f"{name} {array.shape} {array.dtype}" for name, array in arrays.items()]
-    compare("\n".join([f"root {root}", *told]), world)
+    world.same_lines([f"root {root}", *told])
     starts, end = [], 0
     for array in arrays.values():
         starts.append(end)

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -180,9 +181,18 @@ class World:
 
         But for addresses in it, which tell one process's objects from another's.
         """
-        value = re.sub(r" at 0x[0-9a-fA-F]+", "", value)
+        value = _without_addresses(value)
         first = self.broadcast(value)
         self.agree(None if value == first else f"{what}: {value}, but rank 0 has {first}")
+
+    def same_lines(self, lines: Sequence[str]) -> None:
+        """Raise RankMismatch on every rank, with the first of `lines` unlike rank 0's. Collective.
+
+        But for addresses in them, as in `same`.
+        """
+        mine = [_without_addresses(line) for line in lines]
+        pairs = zip_longest(mine, self.broadcast(mine), fillvalue="no more")
+        self.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
 
     def _names(self, ranks: list[int]) -> str:
         if len(ranks) == self.size:
@@ -203,6 +213,10 @@ class World:
         total = np.array(values, np.float64)
         self.comm.Allreduce(self.MPI.IN_PLACE, total)
         return total
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def current() -> World:
@@ -233,3 +247,23 @@ def init(*, abort_on_error: bool = True) -> World:
     else:
         abort.uninstall()
     return _world
+
+
+def rank() -> int:
+    """Return the number of this rank, from 0 on. Collective at the first call, as `init`."""
+    return current().rank
+
+
+def size() -> int:
+    """Return the number of ranks. Collective at the first call, as `init`."""
+    return current().size
+
+
+def local_rank() -> int:
+    """Return the number of this rank among those of its node. Collective as `rank`."""
+    return current().local_rank
+
+
+def local_size() -> int:
+    """Return the number of ranks on this node. Collective as `rank`."""
+    return current().local_size

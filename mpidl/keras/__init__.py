@@ -21,7 +21,7 @@ from mpidl.keras.callbacks import (
     on_rank_0,
 )
 from mpidl.keras.optimizer import DistributedOptimizer, load_model
-from mpidl.world import current, init
+from mpidl.world import init, local_rank, local_size, rank, size
 
 __all__ = [
     "BroadcastGlobalVariablesCallback",
@@ -37,23 +37,3 @@ __all__ = [
     "rank",
     "size",
 ]
-
-
-def rank() -> int:
-    """Return the number of this rank, from 0 on. Collective at the first call, as `init`."""
-    return current().rank
-
-
-def size() -> int:
-    """Return the number of ranks."""
-    return current().size
-
-
-def local_rank() -> int:
-    """Return the number of this rank among those of its node."""
-    return current().local_rank
-
-
-def local_size() -> int:
-    """Return the number of ranks on this node."""
-    return current().local_size

@@ -9,7 +9,6 @@ from typing import Any
 import keras
 
 from mpidl import packed
-from mpidl.average import compare
 from mpidl.errors import InvalidArgument
 from mpidl.keras.gradients import as_numpy
 from mpidl.world import current
@@ -45,7 +44,7 @@ class MetricAverageCallback(keras.callbacks.Callback):  # type: ignore[misc]
         logs = {} if logs is None else logs
         names = sorted(logs)
         world = current()
-        compare("\n".join(["metrics", *names]), world)
+        world.same_lines(["metrics", *names])
         means = world.sum([float(logs[name]) for name in names]) / world.size
         logs.update(zip(names, means.tolist(), strict=True))
 

@@ -72,7 +72,6 @@ class OptimizerState:
         self.shards = shards_of(strategy, buckets, places)
         self._world, self._strategy, self._places = world, strategy, places
         self._group = world.on_node() if strategy.shared else world
-        self._groups = [buckets[place.bucket].group for place in places]
         self._flat: list[dict[str, Any]] = []  # of each bucket: name -> tensor (n,)
         kinds = [kinds_of(optimizer, group) for group in optimizer.param_groups]
         for flat in buckets:

@@ -51,6 +51,11 @@ class OwnedSteps:
         places: Sequence[Place],
         gradients: Gradients,
     ) -> None:
+        taken = getattr(optimizer, MARK, None)
+        if taken is not None and taken() is not None:
+            raise InvalidArgument(
+                "this optimizer has a DataParallel already, which keeps its state: close() that"
+            )
         self.optimizer, self._strategy, self._buckets = optimizer, strategy, buckets
         self._world, self._places, self._gradients = world, places, gradients
         self.state = OptimizerState(optimizer, world, strategy, buckets, places)
@@ -61,11 +66,6 @@ class OwnedSteps:
         self._take_over()
         world.barrier()  # every rank has: `state_dict` sees all of it
         this = weakref.ref(self)
-        taken = getattr(optimizer, MARK, None)
-        if taken is not None and taken() is not None:
-            raise InvalidArgument(
-                "this optimizer has a DataParallel already, which keeps its state: close() that"
-            )
         setattr(optimizer, MARK, this)
 
         def hook(method: str) -> Any:

@@ -81,7 +81,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         self.module, self.optimizer = module, optimizer
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        check_same(world, module)
+        world.same_lines(places.describe(module))
         with world.together():
             places.check(trained)
             check_averaging(overlap, bucket_bytes)
@@ -264,14 +264,6 @@ def in_parts(world: World, strategy: Strategy) -> bool:
     """Tell whether the ranks own different parts of an array. Collective."""
     size = 1 << 20
     return any(part != slice(0, size) for part in world.gather(strategy.owned(size)))
-
-
-def check_same(world: World, module: Any) -> None:
-    """Compare parameters and buffers with rank 0's, all but their values. Collective."""
-    mine = places.describe(module)
-    first = world.broadcast(mine)
-    pairs = zip(mine + ["no more"] * len(first), first + ["no more"] * len(mine), strict=False)
-    world.agree(next((f"{a}, where rank 0 has {b}" for a, b in pairs if a != b), None))
 
 
 def groups_of(

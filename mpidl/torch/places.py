@@ -58,12 +58,6 @@ def tensor(flat: Array) -> Any:
     return torch.from_numpy(flat) if isinstance(flat, np.ndarray) else torch.from_dlpack(flat)
 
 
-def array(value: Any) -> Array:
-    """Return a flat array of real numbers on the memory of a contiguous tensor of such."""
-    value = value.detach().reshape(-1)
-    return value.numpy() if value.device.type == "cpu" else device_namespace("cuda").asarray(value)
-
-
 def stand_in(parameter: Any) -> Array:
     """Return an array of the shape and dtype that the gradient is averaged in; without memory."""
     shape = tuple(parameter.shape) + (2,) * parameter.is_complex()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import weakref
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,13 +12,13 @@ from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.asynchronous import AsynchronousUpdate
-from mpidl.autograd import recording
-from mpidl.errors import InvalidArgument, MissingBackward, MpidlError, NonFiniteGradient
+from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.local_steps import LocalSteps
 from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
+from mpidl.row_count import RowCount
 from mpidl.update import Update
 from mpidl.world import World, current
 
@@ -139,30 +137,19 @@ class DataParallel:
         kind = AsynchronousUpdate if self._asynchronous else Update
         self.update = kind(group.world, group.strategy, self.buckets, optimizers, clip)
         self.states = self.update.states  #: the optimizer's, of each bucket's owned part
-        # since the last step; None: the model was not called, NaN: with what has no rows to count
-        self._samples: float | None = None
-        count = weakref.WeakMethod(self._count)  # or the model would keep its buckets for ever
-
-        def counted(*call: Any) -> None:
-            counts = count()
-            if counts is not None:
-                counts(*call)
-
-        self._stop_counting = model.on_output(counted)
+        self._count = count = RowCount(model)
         self._overlap: Overlap | None = None
         if beside is not None:
-            this = weakref.ref(self)
             self._overlap = Overlap(
                 self.world,
                 beside,
                 self.strategy,
                 self.buckets,
                 self.parameters,
-                lambda: getattr(this(), "_samples", None),
+                lambda: count.rows,
                 group_bytes=None if bucket_bytes == "auto" else at_once,
                 asked=overlap is True,
             )
-        weakref.finalize(self, self._stop_counting).atexit = False
 
     def step(self, weight: float | None = None) -> None:
         """Average the gradients over ranks, update, and forget the gradients. Collective.
@@ -254,7 +241,7 @@ class DataParallel:
     def _forget(self) -> None:
         for parameter in self.parameters.values():
             parameter.zero_grad()
-        self._samples = None
+        self._count.forget()
 
     def average_buffers(self) -> None:
         """Make each buffer of floats, such as a running mean, its mean over ranks. Collective.
@@ -292,7 +279,7 @@ class DataParallel:
 
         The model stays usable: its parameters move to memory that is this rank's alone.
         """
-        self._stop_counting()
+        self._count.close()
         if self._overlap is not None:
             self._overlap.close()
         self.update.close()
@@ -302,34 +289,14 @@ class DataParallel:
         self.states.clear()
         self._accumulation = None
 
-    def _count(self, model: Module, inputs: tuple[Any, ...], _: Any) -> None:
-        if model.training and recording():
-            shapes = (getattr(x, "shape", ()) for x in inputs)
-            rows = next((shape[0] for shape in shapes if shape), math.nan)
-            self._samples = (self._samples or 0) + rows
-
     def _weigh(self, weight: float | None) -> float:
         """Return this rank's weight, its gradients being in order and complete; or raise."""
         step = f"step {self.steps}"
         problem = self._placement.problem(step)
         if problem is not None:
             raise problem
-        counted = weight is None
-        if weight is None:
-            weight = self._samples
-        if weight != 0 and all(p.grad is None for p in self.parameters.values()):
-            raise MissingBackward(
-                f"{step}: no gradient: call backward() on a loss of the model's output before "
-                "step(), or pass step(weight=0) where this rank has no samples"
-            )
-        if weight is None or (counted and math.isnan(weight)):
-            why = "was not called" if weight is None else "was called without an array by position"
-            raise InvalidArgument(
-                f"{step}: the samples behind the gradient could not be counted, for the model "
-                f"{why}: pass step(weight=samples)"
-            )
-        if not 0 <= weight < float("inf"):
-            raise InvalidArgument(f"{step}: weight={weight}: expected a finite number, 0 or more")
+        have = any(p.grad is not None for p in self.parameters.values())
+        weight = self._count.weight(weight, step, gradients=have)
         begun = self._overlap is not None and self._overlap.begun
         for name, p in self.parameters.items():
             if p.grad is None or not (weight or begun):  # has no part in this step's loss
@@ -339,4 +306,4 @@ class DataParallel:
             problem = self._placement.gradient_problem(step, name, p)
             if problem is not None:
                 raise problem
-        return float(weight)
+        return weight

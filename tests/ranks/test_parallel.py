@@ -172,7 +172,7 @@ def test_samples_are_counted_in_training_only(how: str, world: mpidl.World) -> N
     np.testing.assert_allclose(weights_of(model), -mean, rtol=1e-12, atol=1e-12)
     replica.close()
     model(*inputs)
-    assert replica._samples is None
+    assert replica._count.rows is None
 
 
 @pytest.mark.parametrize("how", ["nested", "keyword", "once", "not called"])

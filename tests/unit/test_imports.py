@@ -51,6 +51,7 @@ LEVELS = {
     "placement": 4,
     "plan": 4,
     "parallel": 4,
+    "row_count": 4,
     "progress": 4,
     "server": 4,
     "run_folder": 4,

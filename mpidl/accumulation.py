@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class Accumulation:
     """Sums of samples x gradient on this rank, in one more array per bucket. Not collective."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, buckets: Sequence[Bucket], needed: int) -> None:
         self.buckets = buckets
+        self.needed = needed  #: passes for each update
         self._sums = [aligned_zeros(b.grad.size, b.grad.dtype, namespace(b.grad)) for b in buckets]
         self._samples = 0.0
         self._problem: MpidlError | None = None

@@ -21,6 +21,20 @@ def check_options(accumulate: Any, local_steps: Any, overlap: Any, bucket_bytes:
     check_averaging(overlap, bucket_bytes)
 
 
+def check_microbatches(model: Module, number: Any, accumulate: int, local_steps: int) -> None:
+    """Raise InvalidArgument where microbatches cannot go with the rest. Not collective."""
+    problem = ""
+    if accumulate > 1:
+        problem = f"accumulate={accumulate}: ranks accumulate over their microbatches already"
+    elif local_steps > 1:
+        problem = f"local_steps={local_steps}, whose steps depend on the number of ranks"
+    for name, module in model.named_modules().items():
+        if module.sync:
+            problem = f"layer {name or type(module).__name__} of sync=True: set sync=False"
+    if problem:
+        raise InvalidArgument(f"microbatches={number} with {problem}")
+
+
 def check_averaging(overlap: Any, bucket_bytes: Any) -> None:
     """Raise InvalidArgument where one of them cannot be. Not collective."""
     if overlap not in ("auto", True, False):

@@ -27,6 +27,7 @@ Layout: TypeAlias = "Sequence[tuple[int, tuple[int, ...]]]"
 
 CACHE_BLOCK_BYTES = 1 << 17  # three operands of this size stay in a core's L2 cache
 UPDATE_BLOCK_BYTES = 1 << 18  # averaged and updated in one go; measured: less costs Python time
+GRAIN = 1 << 12  # elements: norms are sums over grains, which no two ranks share
 ALIGNMENT_BYTES = 64  # one cache line, one AVX-512 register
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

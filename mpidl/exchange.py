@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from mpidl import codecs
+from mpidl.tree import add, depth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mpidl.array import Array, Averages, Layout, Stream
     from mpidl.codecs.base import Codec
+    from mpidl.tree import Sum, Tree
     from mpidl.world import World
 
 # Of a block, for one rank to add up, before it is encoded. Open MPI sends up to 64 KiB over TCP
@@ -62,6 +64,8 @@ class Source:
     lanes: list[Lane]  #: which make up the owned part
     state: dict[str, Array]  #: as `state` gave it
     layout: Layout = ()  #: of the whole gradient
+    others: Sequence[Array] = ()  #: with microbatches: sums of the subtrees before that of `grad`
+    weight: float = 1.0  #: with microbatches: of their sum
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Block:
     lane: Lane
     pieces: list[slice]
     requests: list[Any] = field(default_factory=list)  #: that must end before the next phase
-    arriving: dict[int, Array] = field(default_factory=dict)  #: by place of the sender
+    arriving: dict[int, Array] = field(default_factory=dict)  #: by number of the addend or piece
     leaving: list[Array] = field(default_factory=list)  #: memory that is in use until then
 
 
@@ -88,13 +92,22 @@ class Exchange:
     allreduces, reduce-scatter and allgather: Thakur et al. 2005, section 4; the compressed form
     is that of Tang et al. 2021, "1-bit Adam", section 3.)
 
+    With `tree` a node may send several sums, over subtrees of microbatches, and all are added up in
+    the order of the tree; not with a codec.
+
     With `codec` pieces travel encoded, and sums are made of what was decoded. What an encoding
     leaves out, codecs with `feedback` add to the next step's gradient (Karimireddy et al. 2019,
     algorithm 2): on the sender for the sums, on the owner of a piece for its mean.
     """
 
-    def __init__(self, world: World, codec: Codec | None = None) -> None:
+    def __init__(self, world: World, codec: Codec | None = None, tree: Tree | None = None) -> None:
         self.world, self.codec = world, codec
+        self._senders = list(range(world.nodes))  # of what is to be added up, in order
+        self._sum: Sum | None = None  # of these; None: one after the other
+        if tree is not None:
+            nodes = [(node, part) for node in self._senders for part in tree.of_node(node)]
+            self._senders = [node for node, _ in nodes]
+            (self._sum,) = tree.sums([range(tree.leaves)], [part for _, part in nodes])
         # Of their own, for the means: codecs that draw random numbers draw those of sums in the
         # order of the blocks, and so those of means, but when both do depends on the network.
         self._codec_of_means = codecs.fresh(codec)
@@ -162,25 +175,28 @@ class Exchange:
     def _scatter(self, block: Block) -> None:
         """Send every piece to its owner, and receive the owned one's addends."""
         lane, grad, mine = block.lane, block.source.grad, block.pieces[block.lane.place]
-        for j, rank in enumerate(lane.ranks):
+        for number, j in enumerate(self._senders):
             if j != lane.place and mine.start < mine.stop:
-                block.arriving[j] = self._memory(mine.stop - mine.start, grad.dtype)
-                self._receive(block, block.arriving[j], rank, SUMS)
+                block.arriving[number] = self._memory(mine.stop - mine.start, grad.dtype)
+                self._receive(block, block.arriving[number], lane.ranks[j], SUMS)
         for j, rank in enumerate(lane.ranks):
             piece = block.pieces[j]
             if j != lane.place and piece.start < piece.stop:
-                self._send(block, self._encoded(block, piece, self.codec), rank, SUMS)
+                for other in block.source.others:
+                    self._send(block, other[piece], rank, SUMS)
+                if lane.place in self._senders:
+                    self._send(block, self._encoded(block, piece, self.codec), rank, SUMS)
 
     def _add_up(self, block: Block) -> Block:
         """Make the mean of the owned piece and send it to all; receive the other means."""
         self._end(block)
         lane, grad, piece = block.lane, block.source.grad, block.pieces[block.lane.place]
         if piece.start < piece.stop:
-            own, total = grad[piece], None
-            for j in range(len(lane.ranks)):
-                addend = own if j == lane.place else self._decoded(block.arriving[j], own)
-                total = addend.copy() if total is None else np.add(total, addend, out=total)
-            own[:] = total
+            own = grad[piece]
+            if self._sum is None:
+                own[:] = self._in_order(block, own)
+            else:
+                np.multiply(self._by_tree(block, piece), block.source.weight, out=own)
         self._release(block)
         for j, rank in enumerate(lane.ranks):
             other = block.pieces[j]
@@ -197,6 +213,26 @@ class Exchange:
                 if j != lane.place:
                     self._send(block, message, rank, MEANS)
         return block
+
+    def _in_order(self, block: Block, own: Array) -> Array:
+        """Return the sum over nodes, in their order, of what arrived and `own`."""
+        total = None
+        for j in range(len(block.lane.ranks)):
+            addend = own if j == block.lane.place else self._decoded(block.arriving[j], own)
+            total = addend.copy() if total is None else np.add(total, addend, out=total)
+        assert total is not None
+        return total
+
+    def _by_tree(self, block: Block, piece: slice) -> Array:
+        """Return the sum over microbatches, whose subtrees the nodes have added up."""
+        assert self._sum is not None
+        own = iter((*block.source.others, block.source.grad))
+        arrays = [
+            next(own)[piece] if j == block.lane.place else block.arriving[number]
+            for number, j in enumerate(self._senders)
+        ]
+        scratch = [np.empty_like(arrays[0]) for _ in range(depth(self._sum))]
+        return add(self._sum, arrays, scratch)
 
     def _finish(self, block: Block) -> tuple[int, slice, Array]:
         grad = block.source.grad

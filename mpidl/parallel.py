@@ -5,20 +5,21 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mpidl import bucket, codecs, strategies
 from mpidl.accumulation import Accumulation
-from mpidl.arguments import check_options, check_parameters
-from mpidl.array import Array, is_device, namespace, to_numpy
+from mpidl.arguments import check_microbatches, check_options, check_parameters
+from mpidl.array import Array, is_device, namespace
 from mpidl.asynchronous import AsynchronousUpdate
+from mpidl.buffers import BufferMean, average_over_ranks
 from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.local_steps import LocalSteps
+from mpidl.microbatches import Microbatches
 from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
 from mpidl.row_count import RowCount
+from mpidl.tree import Tree
 from mpidl.update import Update
 from mpidl.world import World, current
 
@@ -62,6 +63,13 @@ class DataParallel:
         clip_norm: then shorten it to this Euclidean norm, over all parameters, if it is longer.
             No bucket is updated before all are averaged. See `step`.
         accumulate: this many calls of `step` make one update. See `step` and `flush`.
+        microbatches: cut each global batch in this many parts, for the same bits on any number of
+            ranks: `microbatches` then tells which of them this rank is to compute, in turn, with a
+            call of `step` after each, or one without samples where it has none. Their gradients
+            are added up by one tree (see `Tree`), whoever made them; buffers of floats become means
+            over them. Not with `accumulate`, `local_steps`, a codec or layers that look at other
+            ranks' samples (`sync`), and on several ranks with "hierarchical" only. Ranks with
+            several of them need memory for more gradients: the logarithm of their number.
         overlap: average each bucket while backward goes on to make the others, in a thread; the
             results are the same. Some steps are watched first: in each, every parameter's gradient
             must come in one backward, for the rows counted. "auto": where there are several nodes.
@@ -85,6 +93,7 @@ class DataParallel:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         accumulate: int = 1,
+        microbatches: int | None = None,
         local_steps: int = 1,
         codec: codecs.Spec = None,
         overlap: bool | str = "auto",
@@ -102,6 +111,8 @@ class DataParallel:
             clip = Clip(clip_value, clip_norm)
             check_options(accumulate, local_steps, overlap, bucket_bytes)
             self._asynchronous = getattr(strategy, "asynchronous", False)
+            if microbatches is not None:
+                check_microbatches(model, microbatches, accumulate, local_steps)
             optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         for option in (
             f"{bucket_bytes=}, {overlap=}, {local_steps=}",
@@ -116,6 +127,7 @@ class DataParallel:
             self.world,
             overlap,
             ("accumulate", accumulate > 1),
+            ("microbatches", microbatches is not None),
             ("check_finite", check_finite),
             ("local_steps", local_steps > 1),
             ("an asynchronous strategy", self._asynchronous),
@@ -123,13 +135,28 @@ class DataParallel:
             ("a model on the GPU", on_device),
         )
         self.choice = strategies.make(
-            strategy, beside or self.world, size, codec=codec, on_device=on_device
+            strategy,
+            beside or self.world,
+            size,
+            codec=codec,
+            microbatches=microbatches,
+            on_device=on_device,
         )
         self.strategy = self.choice.strategy
         at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
         self.buckets = bucket.allocate(arrays, self.strategy, at_once, group_of)
-        self._accumulation = Accumulation(self.buckets) if accumulate > 1 else None
+        self._accumulation: Accumulation | Microbatches | None = None
+        self._microbatches: Microbatches | None = None
+        self._buffer_mean: BufferMean | None = None
+        if accumulate > 1:
+            self._accumulation = Accumulation(self.buckets, accumulate)
         self._placement = Placement(model, self.world, self.strategy, self.buckets)
+        if microbatches is not None:  # after rank 0's buffers have come to all
+            self._buffer_mean = BufferMean(model, self.strategy)
+            every_bucket = [*self.buckets, *self._buffer_mean.buckets]
+            tree = Tree.of(microbatches, self.world)
+            self._microbatches = Microbatches(tree, self.world, every_bucket, self.choice.partials)
+            self._accumulation = self._microbatches
         self._local = (
             None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
         )
@@ -150,6 +177,20 @@ class DataParallel:
                 group_bytes=None if bucket_bytes == "auto" else at_once,
                 asked=overlap is True,
             )
+
+    @property
+    def microbatches(self) -> range | None:
+        """The microbatches that this rank is to compute, in turn; None without that option."""
+        return None if self._microbatches is None else self._microbatches.mine
+
+    def expect(self, batch_size: int) -> None:
+        """Tell how many samples a global batch has, as a rule. Not collective; the same on all.
+
+        With `microbatches` gradients of microbatches that have as many samples as this makes are
+        not multiplied by anything. By default what the first microbatch has. It changes bits.
+        """
+        if self._microbatches is not None:
+            self._microbatches.unit = batch_size / self._microbatches.tree.leaves
 
     def step(self, weight: float | None = None) -> None:
         """Average the gradients over ranks, update, and forget the gradients. Collective.
@@ -177,9 +218,11 @@ class DataParallel:
         if self._accumulation is None:
             self._apply(weight, problem)
             return
+        if self._buffer_mean is not None:
+            self._buffer_mean.take()
         self._accumulation.add(weight, problem)
         self._forget()
-        if self._accumulation.passes == self.accumulate:
+        if self._accumulation.passes == self._accumulation.needed:
             self.flush()
 
     def flush(self) -> None:
@@ -215,7 +258,10 @@ class DataParallel:
                 world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         try:
             if total:
-                self.update.make(weight / total, self.steps, averaged=averaged)
+                unit = weight if self._microbatches is None else self._microbatches.unit
+                self.update.make(unit / total, self.steps, averaged=averaged)
+                if self._buffer_mean is not None:
+                    self._buffer_mean.publish(unit / total)
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1
@@ -249,15 +295,8 @@ class DataParallel:
         For models whose layers keep statistics of each rank's own samples: before evaluation, say.
         Buffers of float32 that are equal on all ranks keep their bits.
         """
-        buffers = [b for b in self.model.buffers() if b.dtype.kind == "f"]
-        if not buffers or self.world.size == 1:
-            return
-        flat = np.concatenate([to_numpy(b.data).reshape(-1).astype(np.float64) for b in buffers])
-        means = self.world.sum(flat) / self.world.size
-        for buffer in buffers:
-            mine, means = means[: buffer.size], means[buffer.size :]
-            value = mine.reshape(buffer.shape).astype(buffer.dtype)
-            buffer.data[...] = namespace(buffer.data).asarray(value)
+        if self._buffer_mean is None:  # otherwise they are equal
+            average_over_ranks(self.model, self.world)
 
     def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
         """Copy `state` into the model, as `Module.load_state_dict` does. Collective.

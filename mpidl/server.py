@@ -43,7 +43,8 @@ class Part:
         self.optimizer, self.clip = optimizer, clip
         self.state = optimizer.init(self.param)
         self._whole = self.param.size == flat.param.size
-        self._layers = Layers(flat.parts(part), self._total)
+        wholes = list(flat.slices().values())
+        self._layers = Layers(flat.parts(part), self._total, wholes, part.start)
 
     def update(self, grad: Array, updates: int, ranks: int) -> None:
         """Make one update with a gradient (n,), which is spoiled, after `updates` others."""

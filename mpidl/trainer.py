@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mpidl import codecs, data, nn, progress
 from mpidl.array import is_device
@@ -46,7 +46,9 @@ class Trainer:
     """Fits `model` to data, on all ranks of the world.
 
     Takes the arguments of `DataParallel`, and those below. With `accumulate` = k an update follows
-    on k batches; the last update of an epoch on those that are left.
+    on k batches; the last update of an epoch on those that are left. With `microbatches` losses,
+    metrics and weights are the same bits on any number of ranks, where each has as many threads for
+    linear algebra (`mpidl run --threads`).
 
     Args:
         loss: function (output, target) -> mean over the samples, as a tensor of one element.
@@ -75,6 +77,7 @@ class Trainer:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         accumulate: int = 1,
+        microbatches: int | None = None,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
@@ -100,7 +103,9 @@ class Trainer:
             clip_norm=clip_norm,
             clip_value=clip_value,
             accumulate=accumulate,
+            microbatches=microbatches,
         )
+        self.microbatches = microbatches
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
         self.epochs = 0  #: done so far, in all calls of `fit`
@@ -129,6 +134,11 @@ class Trainer:
         with self.world.together():
             if epochs < 0:
                 raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
+            if isinstance(train, data.Loader) and train.microbatches != self.microbatches:
+                raise InvalidArgument(
+                    f"a Loader of microbatches={train.microbatches}, and a Trainer of "
+                    f"microbatches={self.microbatches}: expected the same"
+                )
             if (batch_size is None) != isinstance(train, data.Loader):
                 raise InvalidArgument(f"{batch_size=}: expected for a data set, not for a Loader")
         self.world.same(f"{epochs=}, evaluate={evaluate is not None}", "fit")
@@ -145,6 +155,7 @@ class Trainer:
                 epoch=epoch,
                 shuffle=shuffle,
                 device=self.device,
+                microbatches=self.microbatches,
             )
 
         # all of them now: what is wrong with the last is told at once
@@ -186,49 +197,55 @@ class Trainer:
             if len(dataset) == 0:
                 raise InvalidArgument("evaluate: the data set is empty")
         functions: dict[str, Metric] = {"loss": self.loss, **self.metrics}
-        totals = [0.0] * len(functions)
+        sums: list[list[float]] = [[] for _ in functions]  # of each microbatch or shard
         batches = data.batches(
             dataset,
             min(batch_size, len(dataset)),
             world=self.world,
             shuffle=False,
             device=self.device,
+            microbatches=self.microbatches,
         )
         with evaluating(self.model):
             for x, y in batches:
                 if len(x) == 0:  # other ranks have samples; a mean over none may be NaN
                     continue
                 output = self.model(x)
-                for i, function in enumerate(functions.values()):
-                    totals[i] += float(function(output, y)) * len(x)
-        means = self.world.sum(totals) / len(dataset)
-        return dict(zip(functions, map(float, means), strict=True))
+                for found, function in zip(sums, functions.values(), strict=True):
+                    found.append(float(function(output, y)) * len(x))
+        return dict(zip(functions, self._means(sums, len(dataset)), strict=True))
+
+    def _means(self, sums: list[list[float]], samples: int) -> list[float]:
+        """Return the means over `samples`, given lists of sums over some. Collective.
+
+        They are added up without error: the same bits, whoever made which of them.
+        """
+        ranks = self.world.gather(sums)
+        return [math.fsum(chain(*found)) / samples for found in zip(*ranks, strict=True)]
 
     def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
-        total: Any = 0.0  # on a GPU it stays there: no step waits for it
-        left = len(batches.dataset)
+        losses: list[tuple[Array, int]] = []  # on a GPU they stay there: no step waits for them
         self.model.train()
+        self.replica.expect(batches.batch_size)
         joins = any(module.sync for module in self.model.modules())
         start = time.perf_counter()
-        for step, (x, y) in enumerate(batches):
-            whole = min(left, batches.batch_size)
-            place = whole * self.world.rank // self.world.size
-            nn.random.reseed(batches.seed, batches.epoch, step, place)
+        for shard, (x, y) in zip(batches.shards(), batches, strict=True):
+            nn.random.reseed(batches.seed, batches.epoch, shard.step, shard.first)
             if len(x) or joins:
                 loss = self.loss(self.model(x), y)
                 loss.backward()
             if len(x):
-                total = total + loss.data.reshape(()).astype(np.float64) * len(x)
+                losses.append((loss.data.reshape(()).copy(), len(x)))
             self.replica.step(weight=len(x))
-            shown.step(whole)
-            left -= whole
+            if shard.last:
+                shown.step(shard.batch_size)
         self.replica.flush()
         self.replica.synchronize()
         self.replica.average_buffers()
-        loss_sum = float(total)
+        sums = [float(loss) * samples for loss, samples in losses]
         seconds = max(self.world.gather(time.perf_counter() - start))
-        return float(self.world.sum([loss_sum])[0]) / len(batches.dataset), seconds
+        return self._means([sums], len(batches.dataset))[0], seconds
 
     def close(self) -> None:
         """Give back what the strategy took. The model stays usable. Not collective."""

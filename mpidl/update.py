@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mpidl.array import UPDATE_BLOCK_BYTES, blocks
+import numpy as np
+
+from mpidl.array import GRAIN, UPDATE_BLOCK_BYTES, blocks, to_numpy
 from mpidl.errors import NonFiniteGradient
 from mpidl.optim.base import Layers, check_used
 
@@ -41,7 +43,8 @@ class Update:
         self._layers: list[Layers] = []
         self.states: list[dict[str, Array]] = []  #: of each bucket's owned part
         for flat, owned in zip(buckets, self._owned, strict=True):
-            self._layers.append(Layers(flat.parts(owned), strategy.total))
+            wholes = list(flat.slices().values())
+            self._layers.append(Layers(flat.parts(owned), strategy.total, wholes, owned.start))
             self.states.append(optimizers[flat.group].init(flat.param[owned]))
 
     def make(self, weight: float, step: int, *, averaged: bool = False) -> None:
@@ -87,9 +90,11 @@ class Update:
 
     def _shorten(self, step: int) -> float:
         """Return the factor that brings the whole gradient to the norm allowed. Collective."""
-        pairs = zip(self.buckets, self._owned, strict=True)
-        squares = sum(self.clip.measure(flat.grad[owned]) for flat, owned in pairs)
-        norm = math.sqrt(self.strategy.total([squares])[0])
+        rows = [np.zeros(-(-flat.grad.size // GRAIN)) for flat in self.buckets]
+        for row, flat, owned in zip(rows, self.buckets, self._owned, strict=True):
+            found = to_numpy(self.clip.measure(flat.grad[owned], owned.start))
+            row[owned.start // GRAIN :][: len(found)] = found
+        norm = math.sqrt(self.strategy.total(np.concatenate(rows).tolist()).sum())
         if not math.isfinite(norm):
             error = f"step {step}: the norm of the averaged gradient is {norm}"
             self.world.agree(NonFiniteGradient(error))

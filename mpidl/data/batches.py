@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpidl.array import device_namespace, to_device
 from mpidl.errors import BatchTooLarge, InvalidArgument
+from mpidl.tree import Tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +26,8 @@ class Batches:
 
     The order of the samples is a pure function of (seed, epoch). Every rank takes a contiguous
     shard of each global batch; shards differ in length by one at most, may be empty, and there
-    are equally many on every rank, so nobody waits at the end of an epoch.
+    are equally many on every rank, so nobody waits at the end of an epoch. With `microbatches` a
+    shard is one of these, and a rank takes several of them, or an empty one, from each batch.
     """
 
     dataset: Dataset
@@ -36,6 +39,8 @@ class Batches:
     shuffle: bool
     device: str
     load: Callable[[Batches], Iterator[tuple[Array, Array]]] | None = None  #: a `Loader`'s
+    microbatches: int | None = None  #: of each global batch
+    mine: range = range(0)  #: this rank's among them
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
@@ -44,20 +49,36 @@ class Batches:
         return self._take() if self.load is None else self.load(self)
 
     def _take(self) -> Iterator[tuple[Array, Array]]:
-        for _, shard in self.shards():
-            x, y = self.dataset.take(shard)
+        for shard in self.shards():
+            x, y = self.dataset.take(shard.samples)
             yield to_device(x, self.device), to_device(y, self.device)
 
-    def shards(self) -> Iterator[tuple[int, Array]]:
-        """Yield, for each step, this rank's samples, and where in the global batch they begin."""
+    def shards(self) -> Iterator[Shard]:
+        """Yield what this rank takes, step by step."""
         n = len(self.dataset)
         order = np.arange(n)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for start in range(0, n, self.batch_size):
+        parts, mine = self.size, range(self.rank, self.rank + 1)
+        if self.microbatches is not None:
+            parts, mine = self.microbatches, self.mine
+        for step, start in enumerate(range(0, n, self.batch_size)):
             batch = order[start : start + self.batch_size]
-            first, end = (len(batch) * rank // self.size for rank in (self.rank, self.rank + 1))
-            yield first, batch[first:end]
+            ends = [len(batch) * part // parts for part in ((*mine, mine.stop) if mine else (0, 0))]
+            for number, (first, end) in enumerate(pairwise(ends), 1):
+                last = number == len(ends) - 1
+                yield Shard(step, len(batch), first, batch[first:end], last)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank takes from a global batch, for one call of its model."""
+
+    step: int  #: of this epoch
+    batch_size: int  #: of the global batch, the last of which may be shorter
+    first: int  #: place in the global batch where it begins
+    samples: Array  #: indices (n,)
+    last: bool  #: of what this rank takes from this batch
 
 
 def batches(
@@ -69,8 +90,12 @@ def batches(
     epoch: int = 0,
     shuffle: bool = True,
     device: str = "cpu",
+    microbatches: int | None = None,
 ) -> Batches:
     """Return this rank's shards of one epoch's global batches of `batch_size` samples.
+
+    With `microbatches` = V each global batch is cut in V parts, the same for any number of ranks,
+    and this yields one of them after the other: see `DataParallel`.
 
     Collective; without a `world` (None) it is not, and the shard is the whole batch. Raises on
     every rank: BatchTooLarge where the batch is larger than the data set, InvalidArgument for a
@@ -85,17 +110,21 @@ def batches(
         epoch=epoch,
         shuffle=shuffle,
         device=device,
+        microbatches=microbatches,
     )
     if world is None:
         _check(made)
-        return made
-    with world.together():
-        _check(made)
-    world.same(
-        f"{len(dataset)} samples, batch_size={batch_size}, {seed=}, {epoch=}, {shuffle=}",
-        "batches",
-    )
-    return made
+        mine = range(microbatches or 0)
+    else:
+        with world.together():
+            _check(made)
+        world.same(
+            f"{len(dataset)} samples, batch_size={batch_size}, {seed=}, {epoch=}, {shuffle=}, "
+            f"{microbatches=}",
+            "batches",
+        )
+        mine = Tree.of(microbatches or 1, world).ranges[world.rank]
+    return replace(made, mine=mine)
 
 
 def _check(made: Batches) -> None:
@@ -104,6 +133,8 @@ def _check(made: Batches) -> None:
         raise InvalidArgument(f"batch_size={made.batch_size}: expected 1 or more")
     if made.seed < 0 or made.epoch < 0:
         raise InvalidArgument(f"seed={made.seed}, epoch={made.epoch}: expected 0 or more")
+    if made.microbatches is not None:
+        Tree(made.microbatches, ((0,),))
     if made.batch_size > n:
         raise BatchTooLarge(
             f"batch_size={made.batch_size} is larger than the data set of {n} samples "

@@ -56,7 +56,7 @@ class Loader:
             may work on all its samples at once; not called for a shard without samples. `rng` is a
             np.random.Generator that depends on seed, epoch, step and the shard's place in the
             global batch.
-        seed, shuffle, device: as in `data.batches`.
+        seed, shuffle, device, microbatches: as in `data.batches`; a microbatch is a shard.
 
     Collective, as is `epoch`, but not the iteration. Raises on every rank what `data.batches`
     raises, and InvalidArgument for workers below 0, prefetch below 1, and a data set or transform
@@ -76,7 +76,9 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         device: str = "cpu",
+        microbatches: int | None = None,
     ) -> None:
+        self.microbatches = microbatches
         self.dataset, self.batch_size, self.world = dataset, batch_size, world
         self.workers, self.prefetch, self.transform = workers, prefetch, transform
         self.seed, self.shuffle, self.device = seed, shuffle, device
@@ -112,6 +114,7 @@ class Loader:
             epoch=epoch,
             shuffle=self.shuffle,
             device=self.device if device is None else device,
+            microbatches=self.microbatches,
         )
         return replace(made, load=self._load)
 
@@ -160,9 +163,9 @@ class Loader:
         from mpidl.data.workers.worker import Task
 
         turns = max(1, self.workers)
-        for step, (start, indices) in enumerate(epoch.shards()):
-            slot = step // turns % self.prefetch
-            yield Task(run, self.seed, epoch.epoch, step, slot, start, indices)
+        for number, shard in enumerate(epoch.shards()):
+            turn = number % turns, number // turns % self.prefetch
+            yield Task(run, self.seed, epoch.epoch, shard.step, *turn, shard.first, shard.samples)
 
     def _alone(self, tasks: Iterator[Task]) -> Iterator[tuple[Array, Array]]:
         from mpidl.data.workers.worker import prepare
@@ -175,7 +178,7 @@ class Loader:
 
         def ask(count: int) -> None:
             for task in islice(tasks, count):
-                self._running[task.step % self.workers].send(task)
+                self._running[task.worker].send(task)
                 asked.append(task)
 
         try:
@@ -183,7 +186,7 @@ class Loader:
             ask(self.workers * self.prefetch)
             while asked:
                 task = asked.popleft()
-                x, y = self._running[task.step % self.workers].receive(task)
+                x, y = self._running[task.worker].receive(task)
                 x, y = x.copy(), y.copy()
                 ask(1)  # its slot is free
                 yield x, y

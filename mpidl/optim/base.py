@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from mpidl.array import blocks, is_device, namespace, to_numpy
+from mpidl.array import GRAIN, namespace, to_numpy
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -55,30 +56,56 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class Layers:
-    """Which elements of a slice belong to which parameter, and norms over whole parameters."""
+    """Which elements of a slice belong to which parameter, and norms over whole parameters.
+
+    The same bits whoever owns what, as long as slices are cut where a grain ends.
+    """
 
     parts: Sequence[slice]  #: of the slice, one for each parameter of the bucket, maybe empty
     total: Callable[[Sequence[float]], npt.NDArray[np.float64]]  #: `Strategy.total`
+    wholes: Sequence[slice] | None = None  #: where they lie in the whole array; None: it is that
+    start: int = 0  #: of the slice in the whole array
 
     def norms(self, *arrays: Array) -> npt.NDArray[np.float64]:
         """Return Euclidean norms (arrays, parameters) of whole parameters. Collective.
 
         Each array (n,) is this rank's slice; the parts of all owners count.
         """
-        pieces = [array[part] for array in arrays for part in self.parts]
-        if pieces and is_device(pieces[0]):  # the host waits once, not for each
-            stacked = namespace(pieces[0]).stack([piece.dot(piece) for piece in pieces])
-            squares: Sequence[float] = to_numpy(stacked).tolist()
-        else:
-            squares = [square_sum(piece) for piece in pieces]
-        return np.sqrt(self.total(squares)).reshape(len(arrays), len(self.parts))
+        wholes = self.parts if self.wholes is None else self.wholes
+        firsts = [whole.start // GRAIN for whole in wholes]
+        counts = [-(-w.stop // GRAIN) - first for w, first in zip(wholes, firsts, strict=True)]
+        ends = np.cumsum([0, *counts]).tolist()
+        squares = np.zeros(len(arrays) * ends[-1])
+        found: list[Array] = []
+        places: list[int] = []
+        for i, array in enumerate(arrays):
+            for part, first, end in zip(self.parts, firsts, ends[:-1], strict=True):
+                if part.start < part.stop:
+                    start = self.start + part.start
+                    found.append(square_sums(array[part], start))
+                    place = i * ends[-1] + end + start // GRAIN - first
+                    places.extend(range(place, place + found[-1].size))
+        if found:  # from a GPU in one go
+            squares[places] = to_numpy(namespace(found[0]).concatenate(found))
+        sums = self.total(squares.tolist()).reshape(len(arrays), ends[-1])
+        return np.sqrt([[row[a:b].sum() for a, b in pairwise(ends)] for row in sums])
 
 
-def square_sum(array: Array) -> float:
-    """Return the sum of squares of a flat array: in its dtype within a block, float64 beyond."""
-    if is_device(array):
-        return float(array.dot(array))
-    return sum(float(array[part].dot(array[part])) for part in blocks(array))
+def square_sums(array: Array, start: int) -> Array:
+    """Return the sums of squares of the grains of a flat array, which begins at `start` of another.
+
+    A grain ends at each multiple of GRAIN there. Each sum is made in the array's dtype.
+    """
+    head = min(-start % GRAIN, array.size)
+    tail = head + (array.size - head) // GRAIN * GRAIN
+    xp, middle = namespace(array), array[head:tail].reshape(-1, 1, GRAIN)
+    sums = [xp.matmul(middle, middle.transpose(0, 2, 1)).reshape(-1)]  # dot products
+    if head:
+        sums.insert(0, array[:head].dot(array[:head]).reshape(1))
+    if tail < array.size:
+        sums.append(array[tail:].dot(array[tail:]).reshape(1))
+    found: Array = xp.concatenate(sums)
+    return found
 
 
 def rate(optimizer: object, lr: Rate, step: int) -> float:

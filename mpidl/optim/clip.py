@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpidl.array import blocks, namespace
+from mpidl.array import namespace
 from mpidl.errors import InvalidArgument
-from mpidl.optim.base import square_sum
+from mpidl.optim.base import square_sums
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -34,13 +34,10 @@ class Clip:
         """Whether elements are clipped in `finish` only: nobody asks for the norm."""
         return self.value is not None and self.norm is None
 
-    def measure(self, grad: Array) -> float:
-        """Clip the elements of a flat slice, in place, and return the sum of their squares."""
-        total = 0.0
-        for part in blocks(grad):
-            self._bound(grad[part])
-            total += square_sum(grad[part])
-        return total
+    def measure(self, grad: Array, start: int = 0) -> Array:
+        """Clip the elements of a flat slice, in place, and return its `square_sums`."""
+        self._bound(grad)
+        return square_sums(grad, start)
 
     def factor(self, norm: float) -> float:
         """Return what to multiply a gradient with that has this norm.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs, shared
 from mpidl.errors import InvalidArgument, NoSharedMemory, UnknownStrategy
@@ -22,10 +22,12 @@ from mpidl.strategies.horovod import Horovod
 from mpidl.strategies.parameter_server import ParameterServer
 from mpidl.strategies.ring import Ring
 from mpidl.strategies.sharded import Sharded
+from mpidl.tree import Tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mpidl.array import Array
     from mpidl.world import World
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
@@ -42,8 +44,10 @@ RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
 #: Of STRATEGIES, what needs another library to average: it is never chosen unasked.
 LIBRARIES = ("horovod",)
 TAKE_CODECS = ("hierarchical", "ring")  # the option `codec`
+ADD_BY_TREE = ("hierarchical",)  # the option `microbatches`
 
 __all__ = [
+    "ADD_BY_TREE",
     "LIBRARIES",
     "RULES",
     "STRATEGIES",
@@ -71,6 +75,8 @@ class Choice:
     name: str  #: in STRATEGIES; of one that was given, its class
     why: str
     codec: codecs.AnyCodec | None = None
+    #: the arrays (n,) for this rank's sums over subtrees of microbatches, given its gradient (n,)
+    partials: Callable[[Array], list[Array]] = lambda grad: [grad]
 
 
 def make(
@@ -79,17 +85,19 @@ def make(
     size: int = 0,
     *,
     codec: codecs.Spec = None,
+    microbatches: int | None = None,
     on_device: bool = False,
 ) -> Choice:
     """Return the strategy of this name, made for `world`; an instance is returned as it is.
 
     Collective. "auto" chooses by topology, by the `size` of all parameters in bytes, by whether
-    they are `on_device`, and by whether there is a codec. Where the ranks of a node cannot share
-    memory, "hierarchical" becomes "sharded", with a warning that says what to change; with a codec
-    it stays itself, and takes each rank for a node.
+    they are `on_device`, and by whether there is a codec or `microbatches`. Where the ranks of a
+    node cannot share memory, "hierarchical" becomes "sharded", with a warning that says what to
+    change; with a codec or microbatches it stays itself, and takes each rank for a node.
 
     Raises on every rank UnknownStrategy for a name that any rank does not know, InvalidArgument
-    for a class, for an unknown codec, and for one that the strategy does not take; RankMismatch
+    for a class, for an unknown codec, for one that the strategy does not take, and for microbatches
+    on several ranks with a strategy that does not add up by their tree; RankMismatch
     where names or options differ between ranks.
     """
     with world.together():
@@ -107,7 +115,8 @@ def make(
             )
         if coded is not None and on_device:
             raise InvalidArgument(f"codec {coded}: it works in host memory; the model is on a GPU")
-    world.same(str(coded), "codec")
+        _check_microbatches(strategy, world, microbatches, coded, on_device=on_device)
+    world.same(f"codec={coded}, {microbatches=}", "strategy")
     world.same(strategy if isinstance(strategy, str) else _describe(strategy), "strategy")
     if not isinstance(strategy, str):
         return Choice(strategy, type(strategy).__name__, "as given")
@@ -116,22 +125,58 @@ def make(
         name, why = auto.choose(world, size, on_device=on_device)
         if coded is not None and name not in TAKE_CODECS:
             name, why = TAKE_CODECS[0], "it takes the codec"
-    options = {} if coded is None else {"codec": coded}
+        if microbatches is not None and world.size > 1:
+            name, why = ADD_BY_TREE[0], "it adds microbatches up by their tree"
+    options: dict[str, Any] = {} if coded is None else {"codec": coded}
+    if microbatches is not None and world.size > 1:
+        options["microbatches"] = microbatches
     try:
         made = {**STRATEGIES, **RULES}[name](world, **options)
         if made.shared:  # a trial: as much as will be needed, though not yet used
             shared.allocate(world, max(1, size * (1 + world.local_size)))
-        return Choice(made, name, why, coded)
+        return _chosen(made, name, why, coded)
     except NoSharedMemory as error:  # on every rank
         why = f"in place of {name}: {error}"
-        if coded is not None:
+        if options:
             why = f"each rank as a node of its own: {error}"
             world, fallback = world.apart(), name
         else:
             fallback = auto.FALLBACK
         if world.rank == 0:
             warnings.warn(f'strategy "{fallback}" {why}', RuntimeWarning, stacklevel=3)
-        return Choice(STRATEGIES[fallback](world, **options), fallback, why, coded)
+        return _chosen(STRATEGIES[fallback](world, **options), fallback, why, coded)
+
+
+def _chosen(made: Strategy, name: str, why: str, codec: codecs.AnyCodec | None) -> Choice:
+    return Choice(made, name, why, codec, getattr(made, "partials", Choice.partials))
+
+
+def _check_microbatches(
+    strategy: str | Strategy,
+    world: World,
+    microbatches: int | None,
+    codec: codecs.AnyCodec | None,
+    *,
+    on_device: bool,
+) -> None:
+    if microbatches is None:
+        return
+    Tree.of(microbatches, world)
+    problem = ""
+    if strategy in RULES or isinstance(strategy, Adasum):
+        problem = f"{strategy}, which makes no sum"
+    elif codec is not None:
+        problem = f"codec {codec}: what codecs leave out depends on the number of ranks"
+    elif world.size > 1 and on_device:
+        problem = "a model on the GPU: there, MPI adds up, in an order of its own"
+    elif world.size > 1 and strategy not in (*ADD_BY_TREE, "auto"):
+        known = strategy if isinstance(strategy, str) else type(strategy).__name__
+        problem = (
+            f"strategy {known!r}, which adds up in an order that depends on the number of ranks: "
+            f"expected {', '.join(ADD_BY_TREE)}"
+        )
+    if problem:
+        raise InvalidArgument(f"{microbatches=} with {problem}")
 
 
 def own() -> dict[str, Callable[..., Strategy]]:

@@ -41,12 +41,13 @@ class AllReduce:
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) in place, chunk by chunk. Collective."""
         for part in self.staging.chunks(grad):
-            if self.world.size > 1:
-                chunk = grad[part]
+            chunk = grad[part]
+            if weight != 1:
                 chunk *= weight
+            if self.world.size > 1:
                 with self.staging.host(chunk) as buffer:
                     self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
-            yield part, grad[part]
+            yield part, chunk
 
     def stream(self, grads: Sequence[Array], weight: float) -> Stream:
         """Reduce one array after the other. Collective."""

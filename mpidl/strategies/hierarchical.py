@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from mpidl import codecs, exchange, shared
-from mpidl.array import ALIGNMENT_BYTES, UPDATE_BLOCK_BYTES, blocks
+from mpidl.array import ALIGNMENT_BYTES, GRAIN, UPDATE_BLOCK_BYTES, blocks
 from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import Exchange, Lane, Source
 from mpidl.lowrank import LowRank
 from mpidl.strategies.base import private
+from mpidl.tree import Tree, add, depth
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mpidl.array import Array, Averages, Layout, Stream
+    from mpidl.tree import Sum
     from mpidl.world import World
 
 LINE = ALIGNMENT_BYTES // 4  # elements: a cache line of float32, two of float64
@@ -51,17 +53,29 @@ class Hierarchical:
     makes them shorter; it is not used between ranks of a node, where nothing travels.
 
     Each element is the sum over ranks in their order, node by node, whoever owns it: same bits in
-    every run.
+    every run. With `microbatches` = V the ranks leave sums over subtrees of V microbatches in their
+    `partials`, which are added up by the rest of the `Tree`: same bits on any number of ranks. Not
+    with a codec.
+
+    Raises InvalidArgument for both.
     """
 
     shared: ClassVar[bool] = True
 
-    def __init__(self, world: World, codec: codecs.Spec = None) -> None:
-        self.world, self.codec = world, codecs.make(codec)
+    def __init__(
+        self, world: World, codec: codecs.Spec = None, microbatches: int | None = None
+    ) -> None:
+        self.world, self.codec, self.microbatches = world, codecs.make(codec), microbatches
+        if microbatches is not None and self.codec is not None:
+            raise InvalidArgument(
+                f"{microbatches=} with codec {self.codec}: what codecs leave out depends on the "
+                "number of ranks: take one of them"
+            )
+        self.tree = None if microbatches is None else Tree.of(microbatches, world)
         self.exchange = (
             LowRank(world, self.codec)
             if isinstance(self.codec, PowerSGD)
-            else Exchange(world, self.codec)
+            else Exchange(world, self.codec, self.tree)
         )
         self._weights = np.empty(world.local_size)
         self._scratch: dict[np.dtype[Any], Array] = {}  # two blocks of each dtype
@@ -79,24 +93,30 @@ class Hierarchical:
                 'strategy "hierarchical" averages in host memory, and the model is on the GPU: '
                 'use "allreduce", or "auto"'
             )
-        ranks = self.world.local_size
+        counts, sums = self._arrays()
+        before = sum(counts[: self.world.local_rank])
+        mine = slice(before, before + counts[self.world.local_rank])
         if 1 < self.world.nodes == self.world.size:  # nobody to share with
             param, grad = private(size, dtype, xp)
-            grads = [grad[:]]  # no reference to itself
+            # grad[:]: no reference to itself
+            grads = [*(np.empty_like(grad) for _ in range(mine.stop - 1)), grad[:]]
         else:
             stride = (size * np.dtype(dtype).itemsize // PAGE + 1) * PAGE
-            memory = shared.allocate(self.world, stride * (1 + ranks))
+            memory = shared.allocate(self.world, stride * (1 + sum(counts)))
             param, grad, *grads = (
                 np.ndarray(size, dtype, memory, stride * place)
-                for place in (0, 1 + self.world.local_rank, *range(1, 1 + ranks))
+                for place in (0, mine.stop, *range(1, 1 + sum(counts)))
             )
         if grad.dtype not in self._scratch:
-            self._scratch[grad.dtype] = np.empty((2, UPDATE_BLOCK_BYTES // grad.itemsize), dtype)
-        owned, lanes, state = self.owned(size), [], {}
+            rows = max([2, *map(depth, sums)])
+            self._scratch[grad.dtype] = np.empty((rows, UPDATE_BLOCK_BYTES // grad.itemsize), dtype)
+        owned, lanes, state, homes = self.owned(size), [], {}, []
         if self.world.nodes > 1:
-            lanes = list(exchange.lanes(size, self.world, _part))
+            lanes = list(exchange.lanes(size, self.world, self._part))
             state = self.exchange.state(owned, lanes, grad.dtype, layout)
-        self._known[id(grad)] = _Known(owned, grads, lanes, state, layout)
+            homes = [np.empty_like(grad) for _ in sums[1:]]
+        known = _Known(owned, grads, grads[mine], sums, homes, lanes, state, layout)
+        self._known[id(grad)] = known
         weakref.finalize(grad, self._known.pop, id(grad)).atexit = False
         return param, grad
 
@@ -108,7 +128,14 @@ class Hierarchical:
 
     def owned(self, size: int) -> slice:
         """Return this rank's part: no two ranks of a node write to one cache line."""
-        return _part(size, self.world.local_rank, self.world.local_size)
+        return self._part(size, self.world.local_rank, self.world.local_size)
+
+    def partials(self, grad: Array) -> list[Array]:
+        """Return the arrays (n,) for this rank's sums over subtrees of microbatches, in order.
+
+        `grad` (n,) is the last. Not collective.
+        """
+        return [*self._find(grad).mine[:-1], grad]
 
     def state(self, grad: Array) -> dict[str, Array]:
         """Return what the codec keeps from step to step for the owned part of `grad` (n,)."""
@@ -128,7 +155,20 @@ class Hierarchical:
         for grad in grads:
             known = self._find(grad)
             sums = self._sums(known, grad.dtype, weights)
-            sources.append(Source(grad, known.owned, sums, known.lanes, known.state, known.layout))
+            if self.tree is not None:
+                sums = self._subtree_sums(known, grad.dtype, weight)
+            sources.append(
+                Source(
+                    grad,
+                    known.owned,
+                    sums,
+                    known.lanes,
+                    known.state,
+                    known.layout,
+                    known.homes,
+                    weight,
+                )
+            )
         if self.world.nodes > 1:
             yield from self.exchange.average(sources)
             return
@@ -156,6 +196,23 @@ class Hierarchical:
                 for peer, w in zip(peers[1:], weights[1:], strict=True):
                     total += np.multiply(peer[part], w, out=addend)
             yield part, total
+
+    def _subtree_sums(self, known: _Known, dtype: Any, weight: float) -> Averages:
+        """Add up what the ranks of this node hold, in the order of the tree.
+
+        On one node `weight`, which is the same on all ranks, is applied to the sum. Between nodes
+        there may be several sums: the last is yielded, the others are left in their homes.
+        """
+        scratch, homes = self._scratch[dtype], known.homes
+        for block in blocks(known.grads[0][known.owned], UPDATE_BLOCK_BYTES):
+            part = slice(known.owned.start + block.start, known.owned.start + block.stop)
+            rows = scratch[:, : part.stop - part.start]
+            arrays, total = [array[part] for array in known.grads], rows[0]
+            for number, plan in enumerate(known.sums):
+                total = add(plan, arrays, rows)
+                if number < len(homes):
+                    homes[number][part] = total
+            yield part, total if self.world.nodes > 1 else np.multiply(total, weight, out=rows[0])
 
     def keep(self, grad: Array, part: slice, mean: Array) -> None:
         """Write it into the gradients of all ranks of the node, while it is in cache.
@@ -192,6 +249,25 @@ class Hierarchical:
     def close(self) -> None:
         """Nothing: the memory goes when the arrays in it go."""
 
+    def _part(self, size: int, rank: int, ranks: int) -> slice:
+        """Return the part of an array (size,) that local rank `rank` of `ranks` owns."""
+        step = LINE if self.tree is None else GRAIN
+        steps = -(-size // step)
+        start, stop = (min(size, steps * r // ranks * step) for r in (rank, rank + 1))
+        return slice(start, stop)
+
+    def _arrays(self) -> tuple[list[int], list[Sum]]:
+        """Return how many gradient arrays each rank of this node has, and how to add them up.
+
+        The latter for each subtree of the node's: with microbatches only.
+        """
+        members = self.world.members[self.world.node]
+        if self.tree is None:
+            return [1] * len(members), []
+        held = [self.tree.of_rank(rank) or [range(0)] for rank in members]
+        parts = [part for parts in held for part in parts]
+        return [*map(len, held)], self.tree.sums(self.tree.of_node(self.world.node), parts)
+
     def _find(self, grad: Array) -> _Known:
         """Return what is known of a gradient."""
         if id(grad) not in self._known:
@@ -205,13 +281,9 @@ class _Known:
 
     owned: slice  #: this rank's part
     grads: list[Array]  #: of all ranks of the node
+    mine: list[Array]  #: this rank's among them
+    sums: list[Sum]  #: of `grads`, for each subtree of microbatches that the node holds
+    homes: list[Array]  #: where the owned parts of these go, but for the last
     lanes: list[Lane]  #: of the owned part, in order; none on one node, or if that part is empty
     state: dict[str, Array]  #: the codec's
     layout: Layout
-
-
-def _part(size: int, rank: int, ranks: int) -> slice:
-    """Return the part of an array (size,) that local rank `rank` of `ranks` owns."""
-    lines = -(-size // LINE)
-    start, stop = (min(size, lines * r // ranks * LINE) for r in (rank, rank + 1))
-    return slice(start, stop)

@@ -67,6 +67,8 @@ class Ring:
         if self.world.size > 1:
             with self.staging.host(grad) as buffer:
                 self._round(buffer, weight)
+        elif weight != 1:
+            grad *= weight
         yield slice(0, grad.size), grad
 
     def stream(self, grads: Sequence[Array], weight: float) -> Stream:

@@ -52,10 +52,10 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
         start = self.done % len(self)  # a finished epoch begins again
         self.done = start
         shards = replace(self._batches, epoch=self.epoch).shards()
-        for step, (_, shard) in enumerate(shards):
-            if step >= start:
-                self.done = step + 1
-                yield shard.tolist()
+        for shard in shards:
+            if shard.step >= start:
+                self.done = shard.step + 1
+                yield shard.samples.tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch at its first batch, or the same one anew. Not collective."""

@@ -135,7 +135,7 @@ def test_random_numbers_are_not_those_of_the_shuffle() -> None:
     loader = Loader(numbers(6), 2, world=None, workers=0, transform=draw)
     places = [(epoch, *pair) for epoch in range(2) for pair in ((0, 0), (0, 1), (1, 0))]
     for epoch, step, start in places:
-        prepare(numbers(6), draw, Task(0, 0, epoch, step, 0, start, np.arange(2)))
+        prepare(numbers(6), draw, Task(0, 0, epoch, step, 0, 0, start, np.arange(2)))
     shuffles = [np.random.default_rng([0, epoch]).integers(2**62) for epoch in range(2)]
     assert len({*drawn, *map(int, shuffles)}) == len(places) + 2
     before = drawn.copy()
@@ -198,7 +198,7 @@ def test_an_empty_shard_is_not_transformed(rng: np.random.Generator) -> None:
     def never(x: Any, y: Any, rng: Any) -> Any:
         raise AssertionError
 
-    x, y = prepare(numbers(3), never, Task(0, 0, 0, 0, 0, 0, np.arange(0)))
+    x, y = prepare(numbers(3), never, Task(0, 0, 0, 0, 0, 0, 0, np.arange(0)))
     assert (x.shape, y.shape) == ((0, 3), (0,))
 
 
@@ -509,7 +509,7 @@ def test_a_large_file_streams(
     n = 1 << 18
     x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(n, 1024))
     loader = make(ArrayDataset(x, np.arange(n)), 16, workers=2)
-    shards = [indices for _, indices in islice(loader.epoch(0).shards(), 5)]
+    shards = [shard.samples for shard in islice(loader.epoch(0).shards(), 5)]
     for indices in shards:
         x[indices] = rng.normal(size=(16, 1024))
     assert os.fstat(loader._parcel.file).st_size == 8 * n  # the targets

@@ -8,24 +8,34 @@ import numpy as np
 import pytest
 
 from mpidl.accumulation import Accumulation
-from mpidl.array import CACHE_BLOCK_BYTES
+from mpidl.array import CACHE_BLOCK_BYTES, GRAIN
 from mpidl.bucket import Bucket
 from mpidl.errors import InvalidArgument, MissingBackward, NonFiniteGradient
 from mpidl.optim import SGD, Layers
-from mpidl.optim.base import square_sum
+from mpidl.optim.base import square_sums
 from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign
 
 LARGE = 3 * CACHE_BLOCK_BYTES // 8 + 5
 
 
-@pytest.mark.parametrize("n", [0, 1, 100, LARGE])
+@pytest.mark.parametrize("n", [0, 1, 100, GRAIN, LARGE])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_square_sum(n: int, dtype: type, rng: np.random.Generator) -> None:
+def test_square_sums(n: int, dtype: type, rng: np.random.Generator) -> None:
+    """A grain has the same bits in whatever slice it lies, and wherever that lies in memory."""
     x = rng.standard_normal(n).astype(dtype)
-    expected = np.sum(x.astype(np.float64) ** 2)
-    assert type(square_sum(x)) in (float, int)
-    assert square_sum(x) == pytest.approx(expected, rel=1e-12 if dtype is np.float64 else 1e-6)
+    start = int(rng.integers(0, 3 * GRAIN))
+    found = square_sums(x, start)
+    cuts = [c for c in range(0, start + n, GRAIN) if c > start]
+    pieces = np.split(x, [c - start for c in cuts]) if n else []
+    expected = [np.sum(piece.astype(np.float64) ** 2) for piece in pieces]
+    np.testing.assert_allclose(found, expected, rtol=1e-12 if dtype is np.float64 else 1e-6)
+    if cuts:
+        cut = int(rng.choice(cuts))
+        apart = np.empty(n + 1, dtype)[1:]
+        apart[:] = x
+        halves = square_sums(apart[: cut - start], start), square_sums(apart[cut - start :], cut)
+        np.testing.assert_array_equal(np.concatenate(halves), found)
 
 
 def test_norms_are_summed_over_owners_in_one_call(rng: np.random.Generator) -> None:
@@ -39,7 +49,8 @@ def test_norms_are_summed_over_owners_in_one_call(rng: np.random.Generator) -> N
         calls.append(list(values))
         return np.array(values) + np.ravel(squares_of_other)
 
-    layers = Layers([slice(0, 4), slice(4, 9), slice(0, 0)], total)
+    wholes = [slice(0, 4), slice(4, 12), slice(12, 20)]
+    layers = Layers([slice(0, 4), slice(4, 9), slice(0, 0)], total, wholes)
     found = layers.norms(a[own], b[own])
     expected = [
         [np.linalg.norm(x[p]) for p in (slice(4), slice(4, 12), slice(12, 20))] for x in (a, b)
@@ -61,7 +72,7 @@ def test_clip(value: Any, norm: float | None, n: int, rng: np.random.Generator) 
     if norm is not None and size > norm:
         expected *= norm / (size + 1e-6)
     clip = Clip(value, norm)
-    factor = 1.0 if norm is None else clip.factor(clip.measure(g) ** 0.5)
+    factor = 1.0 if norm is None else clip.factor(clip.measure(g).sum() ** 0.5)
     clip.finish(g, factor)
     np.testing.assert_allclose(g, expected, rtol=1e-5, atol=1e-7)
 
@@ -74,7 +85,7 @@ def test_clip_by_norm_is_that_of_pytorch(rng: np.random.Generator) -> None:
         theirs.grad = torch.from_numpy(g.copy())
         torch.nn.utils.clip_grad_norm_([theirs], 0.7)
         clip = Clip(None, 0.7)
-        clip.finish(g, clip.factor(np.sqrt(clip.measure(g))))
+        clip.finish(g, clip.factor(np.sqrt(clip.measure(g).sum())))
         np.testing.assert_allclose(g, theirs.grad.numpy(), rtol=1e-13)
 
 
@@ -127,7 +138,7 @@ def buckets_of(*grads: np.ndarray) -> list[Bucket]:
 def test_accumulation_is_the_mean_over_samples(rng: np.random.Generator) -> None:
     """Twice, so that nothing of the first group is left in the second; of NaN without samples."""
     grads = [np.zeros(LARGE, np.float32), np.zeros(3)]
-    accumulation = Accumulation(buckets_of(*grads))
+    accumulation = Accumulation(buckets_of(*grads), 3)
     for samples in ([3, 0, 1.5, 8], [0, 2], [0, 0], [1]):
         seen = [[rng.standard_normal(g.size) for g in grads] for _ in samples]
         for n, made in zip(samples, seen, strict=True):
@@ -146,7 +157,7 @@ def test_accumulation_is_the_mean_over_samples(rng: np.random.Generator) -> None
 
 def test_the_first_problem_is_kept_until_the_mean() -> None:
     first, second = MissingBackward("first"), NonFiniteGradient("second")
-    accumulation = Accumulation(buckets_of(np.ones(2)))
+    accumulation = Accumulation(buckets_of(np.ones(2)), 1)
     for problem in (None, first, second, None):
         accumulation.add(0, problem)
     assert accumulation.mean() == (0, first)

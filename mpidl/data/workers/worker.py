@@ -41,6 +41,7 @@ class Task:
     seed: int
     epoch: int
     step: int
+    worker: int
     slot: int  #: of the worker's, where the shard goes
     start: int  #: of the shard, in the global batch
     indices: Array  #: (n,) of the samples

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MODELS = ("wide", "mlp", "cnn", "transformer")
-METHODS = ("local", *own(), "auto", "hierarchical_blocking", "torch_local", "ddp", "horovod")
+METHODS = (
+    *("local", *own(), "auto", "microbatches", "hierarchical_blocking"),
+    *("torch_local", "ddp", "horovod"),
+)
 TORCH_METHODS = ("local", *own(), "auto", "ddp", "horovod")
 FRAMEWORKS = {
     "mpidl": (*MODELS, "deep"),

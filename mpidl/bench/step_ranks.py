@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mpidl.bench.replicas import Replica
 
 BLOCKING = "hierarchical_blocking"
+MICROBATCHES = "microbatches"  # one of each rank: the same bits on fewer
 #: In a row: until then `DataParallel` finds out what to average at once, and whether it pays.
 STEPS_OF_OVERLAP = WATCHED + MEASURED + TRIED
 EPS = float(np.finfo(np.float32).eps)
@@ -41,8 +42,9 @@ def measure(
 
     `methods`, by default all, are measured besides those that they are compared with. `samples`
     make a global batch, in parts as equal as can be; by default each rank has the model's own.
-    With more than one node, "hierarchical" is measured without overlap and with each of `codecs`,
-    too, and "unchecked" tells which of these were not compared with the mean, and why.
+    "microbatches" is "hierarchical" with as many as there are ranks. With more than one node,
+    "hierarchical" is measured without overlap and with each of `codecs`, too, and "unchecked" tells
+    which of these were not compared with the mean, and why.
     """
     ours = [name for name in (*own(), "auto") if methods is None or name in methods]
     with_torch = methods is None or bool({"torch_local", "ddp"} & set(methods))
@@ -65,13 +67,16 @@ def measure(
         if methods is not None and BLOCKING in methods:
             absent[BLOCKING] = "on one node nothing overlaps anyway"
         between_nodes = {}
+    variants = dict(between_nodes)
+    if methods is None or MICROBATCHES in methods:
+        variants[MICROBATCHES] = {"microbatches": world.size}
     alone = World.of(world.MPI, world.MPI.COMM_SELF)
     report: list[dict[str, Any]] = []
     for name in models:
         rows = ROWS[name] if samples is None else part_of(world, samples)
         made = [replicas.in_mpidl("local", "allreduce", alone, name, rows, world.rank)]
         made += [replicas.in_mpidl(m, m, world, name, rows, world.rank) for m in ours]
-        for method, options in between_nodes.items():
+        for method, options in variants.items():
             one = replicas.in_mpidl(
                 method, "hierarchical", world, name, rows, world.rank, **options
             )

@@ -10,6 +10,9 @@ from mpidl import bucket
 from mpidl.array import namespace, to_numpy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mpidl.array import Array
     from mpidl.nn import Module
     from mpidl.strategies import Strategy
     from mpidl.world import World
@@ -35,33 +38,44 @@ class BufferMean:
     """After a step, the mean over its microbatches.
 
     Each microbatch begins with the values of the step before. They travel as gradients do.
+    `read` returns the arrays by name, which are to be written to in place. Collective.
     """
 
-    def __init__(self, model: Module, strategy: Strategy) -> None:
-        self.strategy = strategy
-        self._buffers = {n: b for n, b in model.named_buffers().items() if b.dtype.kind == "f"}
-        arrays = {name: b.data for name, b in self._buffers.items()}
-        self.buckets = bucket.allocate(arrays, strategy, bucket.BUCKET_BYTES)
+    def __init__(self, read: Callable[[], Mapping[str, Array]], strategy: Strategy) -> None:
+        self.strategy, self._read = strategy, read
+        self.buckets = bucket.allocate(read(), strategy, bucket.BUCKET_BYTES)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the values that are there now, the same on all ranks. Collective."""
+        arrays = self._read()
         for flat in self.buckets:
             values = namespace(flat.param).zeros_like(flat.param)
             for name, part in flat.slices().items():
                 values[part] = arrays[name].reshape(-1)
-            owned = strategy.owned(values.size)
+            owned = self.strategy.owned(values.size)
             flat.param[owned] = values[owned]
-            strategy.share(flat.param)
+            self.strategy.share(flat.param)
 
     def take(self) -> None:
-        """Leave the buffers' values as gradients, and return to those of the step before."""
+        """Leave the values as gradients, and return to those of the step before. Not collective."""
+        arrays = self._read()
         for flat in self.buckets:
             for name, before, grad in flat.views():
-                grad[...] = self._buffers[name].data
-                self._buffers[name].data[...] = before
+                grad[...] = arrays[name]
+                arrays[name][...] = before
 
     def publish(self, weight: float) -> None:
-        """Make the buffers `weight` times the sums over microbatches. Collective."""
+        """Make the values `weight` times the sums over microbatches. Collective."""
+        arrays = self._read()
         for flat in self.buckets:
             for part, mean in self.strategy.reduce(flat.grad, weight):
                 flat.param[part] = mean
             self.strategy.share(flat.param)
             for name, param, _ in flat.views():
-                self._buffers[name].data[...] = param
+                arrays[name][...] = param
+
+
+def of_floats(model: Module) -> dict[str, Array]:
+    """Return the buffers of floats, by name."""
+    return {name: b.data for name, b in model.named_buffers().items() if b.dtype.kind == "f"}

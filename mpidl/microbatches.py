@@ -53,7 +53,7 @@ class Microbatches:
         The gradients are spoiled. Collective at first, where `unit` is not known.
         """
         if not self.unit:
-            self.unit = self._world.broadcast(samples, self.tree.first_rank) or 1.0
+            self.unit = self._world.broadcast(samples, self.tree.holder(0)) or 1.0
         self._problem = self._problem or problem
         self._samples += samples
         self.passes += 1
@@ -83,10 +83,14 @@ class Microbatches:
         if self.passes != self.needed and problem is None:
             problem = InvalidArgument(
                 f"microbatches={self.tree.leaves}: this rank has made {self.passes} of its "
-                f"{self.needed}: call step() after each of them"
+                f"{self.needed}: each is to be added, also without samples"
             )
-        self.passes, self._samples, self._problem = 0, 0.0, None
+        self.restart()
         return samples, problem
+
+    def restart(self) -> None:
+        """Forget what was added."""
+        self.passes, self._samples, self._problem = 0, 0.0, None
 
 
 @dataclass(frozen=True)

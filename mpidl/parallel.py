@@ -10,7 +10,7 @@ from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_microbatches, check_options, check_parameters
 from mpidl.array import Array, is_device, namespace
 from mpidl.asynchronous import AsynchronousUpdate
-from mpidl.buffers import BufferMean, average_over_ranks
+from mpidl.buffers import BufferMean, average_over_ranks, of_floats
 from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.local_steps import LocalSteps
 from mpidl.microbatches import Microbatches
@@ -152,7 +152,7 @@ class DataParallel:
             self._accumulation = Accumulation(self.buckets, accumulate)
         self._placement = Placement(model, self.world, self.strategy, self.buckets)
         if microbatches is not None:  # after rank 0's buffers have come to all
-            self._buffer_mean = BufferMean(model, self.strategy)
+            self._buffer_mean = BufferMean(lambda: of_floats(model), self.strategy)
             every_bucket = [*self.buckets, *self._buffer_mean.buckets]
             tree = Tree.of(microbatches, self.world)
             self._microbatches = Microbatches(tree, self.world, every_bucket, self.choice.partials)
@@ -184,10 +184,10 @@ class DataParallel:
         return None if self._microbatches is None else self._microbatches.mine
 
     def expect(self, batch_size: int) -> None:
-        """Tell how many samples a global batch has, as a rule. Not collective; the same on all.
+        """Tell how many samples the next global batch has. Not collective; the same on all ranks.
 
-        With `microbatches` gradients of microbatches that have as many samples as this makes are
-        not multiplied by anything. By default what the first microbatch has. It changes bits.
+        With `microbatches` = V the gradient of one that has 1/V of these is added as it is, and
+        need not be multiplied by anything. By default V times the first that is ever computed.
         """
         if self._microbatches is not None:
             self._microbatches.unit = batch_size / self._microbatches.tree.leaves
@@ -312,6 +312,8 @@ class DataParallel:
             finally:
                 self._placement.lock(True)
         self.update.restart()
+        if self._buffer_mean is not None:
+            self._buffer_mean.restart()
 
     def close(self) -> None:
         """Give back what the strategy took. Not collective.

@@ -227,11 +227,11 @@ class Trainer:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
         losses: list[tuple[Array, int]] = []  # on a GPU they stay there: no step waits for them
         self.model.train()
-        self.replica.expect(batches.batch_size)
         joins = any(module.sync for module in self.model.modules())
         start = time.perf_counter()
         for shard, (x, y) in zip(batches.shards(), batches, strict=True):
             nn.random.reseed(batches.seed, batches.epoch, shard.step, shard.first)
+            self.replica.expect(shard.batch_size)
             if len(x) or joins:
                 loss = self.loss(self.model(x), y)
                 loss.backward()

@@ -46,16 +46,15 @@ class Tree:
         return cls(leaves, world.members)
 
     @cached_property
-    def first_rank(self) -> int:
-        """The rank that holds the first leaf."""
-        return next(rank for rank, held in self.ranges.items() if 0 in held)
-
-    @cached_property
     def ranges(self) -> dict[int, range]:
         """The leaves that each rank holds; none where there are fewer leaves than ranks."""
         order = [rank for ranks in self.members for rank in ranks]
         ends = [self.leaves * place // len(order) for place in range(len(order) + 1)]
         return {rank: range(*ends[i : i + 2]) for i, rank in enumerate(order)}
+
+    def holder(self, leaf: int) -> int:
+        """Return the rank that holds a leaf."""
+        return next(rank for rank, held in self.ranges.items() if leaf in held)
 
     def of_rank(self, rank: int) -> list[range]:
         """Return the subtrees that a rank adds up, in order."""

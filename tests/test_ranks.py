@@ -17,9 +17,9 @@ EVERYTHING = {("openmpi", 1), ("openmpi", 2), ("mpich", 2)}
 SOME = {
     ("openmpi", 3): (
         *(*CORE, "adasum", "asynchronous", "batch_norm", "codecs_training", "collectives"),
-        *("exchange", "local_steps", "overlap", "scaling", "shared", "trainer"),
+        *("exchange", "local_steps", "microbatches", "overlap", "scaling", "shared", "trainer"),
     ),
-    ("openmpi", 4): (*CORE, "adasum", "exchange"),
+    ("openmpi", 4): (*CORE, "adasum", "exchange", "microbatches"),
     ("mpich", 1): CORE,
     ("mpich", 3): ("average", "exchange", "strategies"),
     ("mpich", 4): ("hierarchical", "world"),

@@ -7,19 +7,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from mpidl.world import World
 
 
 class Buffers:
-    """Gives all ranks one rank's buffers. Collective when called."""
+    """Gives all ranks one rank's buffers: those that `counts` tells, by default all."""
 
-    def __init__(self, module: Any, world: World) -> None:
-        self._module, self._world = module, world
-        self._memory: Any = None  # bytes, with a place for each buffer
+    def __init__(
+        self, module: Any, world: World, counts: Callable[[Any], bool] = lambda _: True
+    ) -> None:
+        self._module, self._world, self._counts = module, world, counts
+
+    def values(self) -> list[Any]:
+        """Return copies of them. Not collective."""
+        return [buffer.detach().clone() for buffer in self._buffers()]
+
+    def restore(self, values: Sequence[Any]) -> None:
+        """Write copies back. Not collective."""
+        for buffer, value in zip(self._buffers(), values, strict=True):
+            buffer.data.copy_(value)  # unseen by graphs that go on
+
+    def _buffers(self) -> list[Any]:
+        return [buffer for buffer in self._module.buffers() if self._counts(buffer)]
 
     def broadcast(self, root: int) -> None:
-        """Replace all buffers by rank `root`'s. Collective."""
-        buffers = list(self._module.buffers())
+        """Replace them by rank `root`'s. Collective."""
+        buffers = self._buffers()
         if not buffers or self._world.size == 1:
             return
         by_dtype: dict[Any, list[Any]] = {}

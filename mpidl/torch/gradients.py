@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mpidl.bucket import Bucket
+    from mpidl.microbatches import Microbatches
     from mpidl.overlap import Overlap
     from mpidl.strategies import Strategy
     from mpidl.torch.buffers import Buffers
@@ -46,6 +47,8 @@ class Gradients:
         self.wanted = True  #: whether backward is followed by averaging
         self.overlap: Overlap | None = None
         self.buffers: Buffers | None = None
+        self.microbatches: Microbatches | None = None
+        self._missing: set[int] = set()  # places without a gradient, of all microbatches so far
         self._frozen = frozen
         self._rows: float | None = None  # that the module was called with
         self._weight = 1.0  # of the last average
@@ -140,7 +143,12 @@ class Gradients:
         problem = self._problem()
         if weight is None:
             weight = self.samples()
-        missing = self._fill(weight)
+        if self.microbatches is not None:
+            weight, problem = self.microbatches.mean()
+            self.wanted = True
+            missing, unit = sorted(self._missing), self.microbatches.unit
+        else:
+            missing, unit = self._fill(weight), weight
         averaged = False
         if self.overlap is not None:
             averaged, irregular = self.overlap.finish(weight)
@@ -156,7 +164,7 @@ class Gradients:
         if not total:
             return 0.0
         if not averaged:
-            for i, part, mean in self.strategy.stream(self._arrays, weight / total):
+            for i, part, mean in self.strategy.stream(self._arrays, unit / total):
                 self.strategy.keep(self._arrays[i], part, mean)
         for grad in self._arrays:
             self.strategy.complete(grad)
@@ -164,6 +172,26 @@ class Gradients:
         if self.buffers is not None:
             self.buffers.broadcast(0 if leads else self._first(weight))
         return total
+
+    def start_microbatches(self) -> None:
+        """Let backward passes leave gradients to `add_microbatch`, for the next average."""
+        assert self.microbatches is not None
+        self.microbatches.restart()
+        self.wanted = False
+        self._missing = set(range(len(self.places)))
+        self._forget()
+
+    def add_microbatch(self, samples: float, problem: MpidlError | None = None) -> None:
+        """Add what is in `.grad` to the sums over microbatches, and forget it."""
+        assert self.microbatches is not None
+        self._missing &= set(self._fill(samples))
+        self.microbatches.add(samples, problem or self._problem())
+        self._forget()
+
+    def _forget(self) -> None:
+        for place in self.places:
+            place.parameter.grad = place.born = None
+        self._copied.clear()
 
     def _first(self, weight: float) -> int:
         """Return the lowest rank that has samples. Collective."""

@@ -16,6 +16,7 @@ from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.torch import linear, places
 from mpidl.torch.buffers import Buffers
 from mpidl.torch.gradients import Gradients
+from mpidl.torch.microbatches import Loop
 from mpidl.torch.owned import OwnedSteps, steps_by_element
 from mpidl.world import World, current
 
@@ -60,6 +61,8 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         overlap: average while backward goes on; "auto": where there are several nodes. See
             `mpidl.DataParallel`.
         bucket_bytes: about how large a bucket is. "auto": the size that is found the best.
+        microbatches: cut each global batch in this many parts, and compute gradient by gradient,
+            for the same bits on any number of ranks: see `split`. On the CPU.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         broadcast_buffers: bool = True,
         overlap: bool | str = "auto",
         bucket_bytes: int | str = "auto",
+        microbatches: int | None = None,
     ) -> None:
         super().__init__()
         self.world = world = world or current()
@@ -87,6 +91,8 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             check_averaging(overlap, bucket_bytes)
             if getattr(strategy, "asynchronous", False):
                 raise InvalidArgument("an asynchronous strategy: expected one that averages")
+            if microbatches is not None and any(p.is_cuda for p in module.parameters()):
+                raise InvalidArgument(f"{microbatches=}: expected a module on the CPU")
             group_of = groups_of(optimizer, trained, frozen)
         half = any(p.dtype in places.HALF for p in trained.values())
         if by_element is None:
@@ -104,9 +110,15 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             overlap,
             ("a strategy that was made for this thread", not made_for_thread(strategy)),
             ("a module on the GPU", on_device),
+            ("microbatches", microbatches is not None),
         )
         self.choice = strategies.make(
-            strategy, beside or world, size, codec=codec, on_device=on_device
+            strategy,
+            beside or world,
+            size,
+            codec=codec,
+            microbatches=microbatches,
+            on_device=on_device,
         )
         self.strategy = self.choice.strategy
         owns = owns and in_parts(world, self.strategy)
@@ -123,7 +135,12 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         self._batch_dim = batch_dim
         self._register_load_state_dict_pre_hook(add_prefix)
         self._gradients = Gradients(world, self.strategy, self.buckets, self._places, frozen)
-        if broadcast_buffers:
+        self._loop: Loop | None = None
+        if microbatches is not None:
+            self._loop = Loop(
+                microbatches, world, self.choice, module, self.buckets, self._gradients
+            )
+        elif broadcast_buffers:
             self._gradients.buffers = Buffers(module, world)
         self._give_back = linear.adopt(module, self._places)
         self._owned = (
@@ -163,6 +180,21 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
                 if torch.is_tensor(output) and output.requires_grad:
                     output.register_hook(self._gradients.begin)
         return result
+
+    def split(self, *batch: Any) -> Iterator[Any]:
+        """Yield this rank's microbatches of its part of a batch, and then average. Collective.
+
+        For all ranks, also those whose part is empty: `for x, y in model.split(x, y):
+        loss(model(x), y).backward()`, and then `optimizer.step()`. Gradients of before are
+        forgotten. A loss is to be a mean over its rows. Dropout draws other numbers for each
+        microbatch, the same on any number of ranks. Buffers of floats become means over them.
+
+        Raises InvalidArgument without the option `microbatches`, and on every rank where this
+        rank's part is not what `mpidl.torch.Sampler` gives with that option.
+        """
+        if self._loop is None:
+            raise InvalidArgument("split: make DataParallel with microbatches=")
+        return self._loop.run(batch, self._batch_dim or 0)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -225,6 +257,8 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         self.world.barrier()  # nobody reads the old values any more
         found = self.module.load_state_dict(state, *args, **kwargs)
         self.world.barrier()
+        if self._loop is not None:
+            self._loop.restart()
         return found
 
     def close(self) -> None:

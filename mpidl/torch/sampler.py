@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,16 +32,30 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
         dataset: anything with a length.
         batch_size: samples of all ranks together.
         seed, shuffle: as in `mpidl.data.batches`.
+        microbatches: as given to `mpidl.torch.DataParallel`: a part is then a rank's microbatches.
 
     Collective. Raises on every rank what `mpidl.data.batches` raises.
     """
 
     def __init__(
-        self, dataset: Any, batch_size: int, *, shuffle: bool = True, seed: int = 0
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        microbatches: int | None = None,
     ) -> None:
         world = sessions.active().world if sessions.is_initialized() else current()
         with internal():
-            self._batches = batches(dataset, batch_size, world=world, seed=seed, shuffle=shuffle)
+            self._batches = batches(
+                dataset,
+                batch_size,
+                world=world,
+                seed=seed,
+                shuffle=shuffle,
+                microbatches=microbatches,
+            )
         self.epoch = 0
         self.done = 0  #: batches of this epoch that were given out
 
@@ -52,10 +67,10 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
         start = self.done % len(self)  # a finished epoch begins again
         self.done = start
         shards = replace(self._batches, epoch=self.epoch).shards()
-        for shard in shards:
-            if shard.step >= start:
-                self.done = shard.step + 1
-                yield shard.samples.tolist()
+        for step, parts in groupby(shards, lambda shard: shard.step):
+            if step >= start:
+                self.done = step + 1
+                yield [sample for part in parts for sample in part.samples.tolist()]
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch at its first batch, or the same one anew. Not collective."""
@@ -122,6 +137,7 @@ def loader(
     *,
     shuffle: bool = True,
     seed: int = 0,
+    microbatches: int | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     **options: Any,
 ) -> Loader:
@@ -130,7 +146,7 @@ def loader(
     See `Sampler`, which raises the same. `options` are those of torch.utils.data.DataLoader, such
     as `num_workers`. A part without samples has tensors of length 0.
     """
-    sampler = Sampler(dataset, batch_size, shuffle=shuffle, seed=seed)
+    sampler = Sampler(dataset, batch_size, shuffle=shuffle, seed=seed, microbatches=microbatches)
     collate = _Collate(dataset, collate_fn or torch.utils.data.default_collate)
     made = torch.utils.data.DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, **options

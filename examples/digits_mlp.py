@@ -12,7 +12,13 @@ from mpidl import data, nn, optim
 
 
 def main() -> None:
-    args = options.parse(__doc__, epochs=30, batch_size=64)
+    parser = options.parser(__doc__, epochs=30, batch_size=64)
+    parser.add_argument(
+        "--microbatches",
+        type=int,
+        help="parts of a batch: for the same bits on any number of ranks",
+    )
+    args = parser.parse_args()
     world = mpidl.init()
     nn.seed(args.seed)
     model = nn.Sequential(
@@ -24,6 +30,7 @@ def main() -> None:
         nn.cross_entropy,
         optim.SGD(lr=0.1, momentum=0.9),
         strategy=args.strategy,
+        microbatches=args.microbatches,
         out=args.out,
         settings=vars(args),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpidl import bucket, codecs, strategies
+from mpidl import bucket, codecs, signals, strategies
 from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device, namespace, to_numpy
@@ -97,6 +97,9 @@ class DataParallel:
         self._frozen = {name: p for name, p in every.items() if not p.requires_grad}
         self.accumulate = accumulate
         self.steps = 0  #: updates made
+        #: Whether any rank got SIGTERM or SIGUSR1 (`mpidl.signals`): the same on all ranks after an
+        #: update; with `local_steps` after an average; asynchronous, this rank's own.
+        self.stop_requested = False
         check_parameters(model, self.world)
         with self.world.together():
             clip = Clip(clip_value, clip_norm)
@@ -196,6 +199,8 @@ class DataParallel:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
         with nullcontext() if self._local is None else self._local.counted(self.buckets):
             self._average_and_update(weight, problem)
+        if self._local is not None and not self._local.due:
+            self.stop_requested = self.world.sum([self._stops])[0] > 0
 
     def _average_and_update(self, weight: float, problem: MpidlError | None) -> None:
         averaged = False
@@ -207,8 +212,12 @@ class DataParallel:
             if problem is not None:
                 raise problem
             total = weight or 1.0
+            self.stop_requested = self._stops
         else:
-            total, problems = map(float, world.sum([weight, problem is not None]))
+            asked = [weight, problem is not None, self._stops]
+            total, problems, stops = map(float, world.sum(asked))
+            if self._local is None:
+                self.stop_requested = stops > 0
             if problems:
                 world.agree(problem)
             if total == 0 and self._local is None:
@@ -219,6 +228,10 @@ class DataParallel:
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1
+
+    @property
+    def _stops(self) -> bool:
+        return self.stop_requested or signals.received() is not None
 
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks: their mean, after `local_steps`. Collective.

@@ -36,6 +36,7 @@ class Batches:
     shuffle: bool
     device: str
     load: Callable[[Batches], Iterator[tuple[Array, Array]]] | None = None  #: a `Loader`'s
+    begin: int = 0  #: the first step that is yielded: those before it were made by another run
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
@@ -49,12 +50,15 @@ class Batches:
             yield to_device(x, self.device), to_device(y, self.device)
 
     def shards(self) -> Iterator[tuple[int, Array]]:
-        """Yield, for each step, this rank's samples, and where in the global batch they begin."""
+        """Yield, for each step from `begin` on, this rank's samples, and where they begin.
+
+        That is the place of the first in the global batch.
+        """
         n = len(self.dataset)
         order = np.arange(n)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for start in range(0, n, self.batch_size):
+        for start in range(self.begin * self.batch_size, n, self.batch_size):
             batch = order[start : start + self.batch_size]
             first, end = (len(batch) * rank // self.size for rank in (self.rank, self.rank + 1))
             yield first, batch[first:end]

@@ -160,7 +160,7 @@ class Loader:
         from mpidl.data.workers.worker import Task
 
         turns = max(1, self.workers)
-        for step, (start, indices) in enumerate(epoch.shards()):
+        for step, (start, indices) in enumerate(epoch.shards(), epoch.begin):
             slot = step // turns % self.prefetch
             yield Task(run, self.seed, epoch.epoch, step, slot, start, indices)
 

@@ -38,7 +38,7 @@ from mpidl.errors import MpidlError
 SIZES = {"weight": 300_001, "bias": 17, "nothing": 0}
 KINDS = ("param", "state.first")
 KEEP = 2
-LONGEST = 0.06  # seconds until the kill: a few saves
+LONGEST = 0.1  # seconds until the kill: a few saves
 
 
 @dataclass

@@ -12,7 +12,9 @@ from mpidl import data, nn, optim
 
 
 def main() -> None:
-    args = options.parse(__doc__, epochs=30, batch_size=64)
+    parser = options.parser(__doc__, epochs=30, batch_size=64)
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder to write to and go on from")
+    args = parser.parse_args()
     world = mpidl.init()
     nn.seed(args.seed)
     model = nn.Sequential(
@@ -24,6 +26,7 @@ def main() -> None:
         nn.cross_entropy,
         optim.SGD(lr=0.1, momentum=0.9),
         strategy=args.strategy,
+        checkpoint=args.checkpoint,
         out=args.out,
         settings=vars(args),
     )

@@ -57,8 +57,8 @@ def load(source: Mapping[str, Array] | AnyPath, model: M) -> M:
     `DataParallel.load_state_dict`. The model is changed only if all fits.
 
     Raises CheckpointError for a checkpoint, and DataError for a file, that is missing, cut short or
-    damaged (in a .safetensors file, damaged values are seen if `save` wrote it), and InvalidArgument for another suffix, and for
-    names and shapes that are not the model's.
+    damaged (in a .safetensors file, damaged values are seen if `save` wrote it); InvalidArgument
+    for another suffix, and for names and shapes that are not the model's.
     """
     if isinstance(source, Mapping):
         model.load_state_dict(source)

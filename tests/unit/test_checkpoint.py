@@ -20,19 +20,14 @@ from mpidl import nn
 from mpidl.checkpoint import Checkpoints, disk, folder, manifest, reader
 from mpidl.checkpoint.pieces import Held, Sheet, shares
 from mpidl.errors import CheckpointError, InvalidArgument
-from tests.checkpoint_kills import SIZES, Comm, State, values
+from tests.checkpoint_kills import SIZES, State, values, world_of
 
 Rng = np.random.Generator
 ROOT = Path(__file__).parents[2]
 
 
-def lone_world() -> mpidl.World:
-    comm, MPI = Comm(0, 1, None), SimpleNamespace(Get_processor_name=lambda: "here")
-    return mpidl.World(MPI, comm, 0, 1, 0, 1, 0, 1, ((0,),), comm)
-
-
 def save(path: Path, *steps: int, **options: Any) -> Path:
-    state = State(lone_world())
+    state = State(world_of(0, 1, None))
     checkpoints = Checkpoints(state, path, **options)
     for state.step in steps:
         checkpoints.save(state.step, extra={"name": "\N{SNOWMAN}"}, position={"batch": 3})
@@ -284,7 +279,7 @@ def test_what_others_left_is_removed_unless_they_live(tmp_path: Path) -> None:
 
 
 def test_weights_for_inference(tmp_path: Path) -> None:
-    state = State(lone_world())
+    state = State(world_of(0, 1, None))
     checkpoints = Checkpoints(state, tmp_path)
     state.tensors = lambda: [manifest.Tensor("param", "weight", (3, 2), "float32")]  # type: ignore[method-assign]
     state.held = lambda: [Held("param", "weight", 0, 0, np.arange(6, dtype=np.float32))]  # type: ignore[method-assign]
@@ -307,11 +302,11 @@ def test_weights_for_inference(tmp_path: Path) -> None:
 )
 def test_values_that_cannot_be(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument):
-        Checkpoints(State(lone_world()), **{"folder": tmp_path, **options})
+        Checkpoints(State(world_of(0, 1, None)), **{"folder": tmp_path, **options})
 
 
 def test_extra_is_what_json_has(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(State(lone_world()), tmp_path)
+    checkpoints = Checkpoints(State(world_of(0, 1, None)), tmp_path)
     with pytest.raises(InvalidArgument, match="extra: expected what JSON has"):
         checkpoints.save(1, extra={"model": object()})
     checkpoints.save(1, metrics={"loss": float("nan"), "right": 0.5})

@@ -18,6 +18,7 @@ def main() -> None:
         type=int,
         help="parts of a batch: for the same bits on any number of ranks",
     )
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder to write to and go on from")
     args = parser.parse_args()
     world = mpidl.init()
     nn.seed(args.seed)
@@ -31,6 +32,7 @@ def main() -> None:
         optim.SGD(lr=0.1, momentum=0.9),
         strategy=args.strategy,
         microbatches=args.microbatches,
+        checkpoint=args.checkpoint,
         out=args.out,
         settings=vars(args),
     )

@@ -3,7 +3,7 @@
 `import mpidl` starts nothing; `mpidl.init()` starts MPI.
 """
 
-from mpidl import autograd, data, errors, functional, nn, optim, strategies
+from mpidl import autograd, checkpoint, data, errors, functional, nn, optim, signals, strategies
 from mpidl.autograd import Tensor, no_grad, tensor
 from mpidl.average import average
 from mpidl.errors import MpidlError
@@ -24,6 +24,7 @@ __all__ = [
     "World",
     "autograd",
     "average",
+    "checkpoint",
     "data",
     "errors",
     "export_onnx",
@@ -34,6 +35,7 @@ __all__ = [
     "no_grad",
     "optim",
     "save",
+    "signals",
     "strategies",
     "tensor",
 ]

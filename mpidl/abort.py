@@ -28,6 +28,9 @@ PROBES = 100  # the first only lets the message arrive
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 _guard: _Guard | None = None
+_process = os.getpid()
+_agreed: int | None = None  # the status with which all ranks are leaving together
+_noted: int | None = None  # that of a run that otherwise ends well
 
 
 def install(comm: Any, host: str) -> None:
@@ -42,6 +45,44 @@ def uninstall() -> None:
     """Leave errors alone again."""
     if _guard is not None:
         _guard.wanted = False
+
+
+def leave_together(status: int) -> NoReturn:
+    """Leave by SystemExit with a status that all ranks have agreed on. Every rank calls it.
+
+    Nobody is aborted: each rank runs to its own end, and MPI ends in order.
+    """
+    global _agreed, _process
+    _agreed, _process = status, os.getpid()
+    raise _Exit(status)
+
+
+def end_with(status: int | None) -> None:
+    """Let a run that ends well end with this status; None for 0. Every rank calls it."""
+    global _noted, _process
+    _noted, _process = status, os.getpid()
+
+
+def leaving() -> bool:
+    """Whether this rank leaves with a status that all have agreed on."""
+    return _agreed is not None and _Exit.final == _agreed
+
+
+def _end_together() -> None:
+    """End with the status agreed on, after MPI: what is registered after this runs before it."""
+    status = _agreed if leaving() else _noted if _Exit.final in (None, 0) else None
+    if not status or os.getpid() != _process or _guard is None:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    MPI = sys.modules["mpi4py.MPI"]
+    if not MPI.Is_finalized():
+        MPI.Finalize()
+    os._exit(status)  # Python knows no other way to change it here
+
+
+atexit.register(_end_together)
 
 
 class _Exit(SystemExit):
@@ -129,7 +170,7 @@ class _Guard:
 
     def at_exit(self) -> None:
         status = _Exit.final
-        if self.active and status not in (None, 0):
+        if self.active and status not in (None, 0) and not leaving():
             self.abort(status if isinstance(status, int) else 1)
 
     def abort(self, status: int) -> None:

@@ -23,6 +23,8 @@ def check_options(accumulate: Any, local_steps: Any, overlap: Any, bucket_bytes:
 
 def check_microbatches(model: Module, number: Any, accumulate: int, local_steps: int) -> None:
     """Raise InvalidArgument where microbatches cannot go with the rest. Not collective."""
+    if number is None:
+        return
     problem = ""
     if accumulate > 1:
         problem = f"accumulate={accumulate}: ranks accumulate over their microbatches already"

@@ -12,6 +12,10 @@ from mpidl.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: Exit statuses of a run, the same on all ranks; as in BSD's sysexits.h.
+EXIT_NOT_SAVED = 74  # EX_IOERR: trained to its end, but its last checkpoint could not be written
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint: start it again
+
 
 def cuda_aware() -> str:
     """MPIDL_CUDA_AWARE: "yes" or "no" overrules what the MPI library says; "auto" asks it."""

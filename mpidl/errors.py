@@ -68,3 +68,7 @@ class WorkerFailed(MpidlError):
 
 class DataError(MpidlError):
     """A data file that is missing, cut short, or not what its name says."""
+
+
+class CheckpointError(MpidlError):
+    """A checkpoint that is missing, damaged, or another model's. The message names the file."""

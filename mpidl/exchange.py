@@ -118,6 +118,11 @@ class Exchange:
         self._free: dict[int, list[Array]] = {}  # memory for messages, by bytes
         self._numbers = np.empty(0)  # of one message
 
+    @property
+    def codecs(self) -> list[Codec]:
+        """Of the sums, and of the means."""
+        return [c for c in (self.codec, self._codec_of_means) if c is not None]
+
     def state(
         self,
         owned: slice,

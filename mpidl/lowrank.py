@@ -130,6 +130,11 @@ class LowRank:
         for _ in self._exchange.average([source]):
             pass
 
+    def matrices(self, lanes: Sequence[Lane], layout: Layout) -> Iterator[Matrix]:
+        """Yield the matrices of all lanes, in the order of their directions."""
+        for lane in lanes:
+            yield from self._matrices(lane, layout)
+
     def _matrices(self, lane: Lane, layout: Layout) -> Iterator[Matrix]:
         """Yield the rows of each layer in a lane, where they are worth a product."""
         for start, shape in layout:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.array import aligned_zeros, blocks, namespace
 from mpidl.errors import InvalidArgument
+from mpidl.tree import Tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -14,12 +15,11 @@ if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.bucket import Bucket
     from mpidl.errors import MpidlError
-    from mpidl.tree import Tree
     from mpidl.world import World
 
 
 class Microbatches:
-    """Sums of gradients over this rank's microbatches, by subtrees of `tree`.
+    """Sums of gradients over this rank's microbatches, by subtrees of a `Tree`.
 
     `partials(grad)` are the arrays where the sums are to be, one for each subtree, `grad` itself
     the last. A gradient counts as samples / `unit` times: where all microbatches have `unit`
@@ -28,12 +28,13 @@ class Microbatches:
 
     def __init__(
         self,
-        tree: Tree,
+        number: int,
         world: World,
         buckets: Sequence[Bucket],
         partials: Callable[[Array], list[Array]],
     ) -> None:
-        self.tree, self.mine = tree, tree.ranges[world.rank]
+        self.tree = tree = Tree.of(number, world)
+        self.mine = tree.ranges[world.rank]
         self.unit = 0.0  #: samples; the same on all ranks. 0: that of the first to come
         self.needed = max(1, len(self.mine))  #: calls of `add` for each update
         self.passes = 0  #: since the last `mean`

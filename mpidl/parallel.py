@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from mpidl import bucket, codecs, strategies
+from mpidl import bucket, codecs, signals, strategies
 from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_microbatches, check_options, check_parameters
-from mpidl.array import Array, is_device, namespace
+from mpidl.array import Array, is_device
 from mpidl.asynchronous import AsynchronousUpdate
 from mpidl.buffers import BufferMean, average_over_ranks, of_floats
-from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient
+from mpidl.errors import MissingBackward, MpidlError
 from mpidl.local_steps import LocalSteps
 from mpidl.microbatches import Microbatches
 from mpidl.optim.clip import Clip
@@ -19,7 +19,6 @@ from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
 from mpidl.row_count import RowCount
-from mpidl.tree import Tree
 from mpidl.update import Update
 from mpidl.world import World, current
 
@@ -101,18 +100,20 @@ class DataParallel:
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
-        every = model.named_parameters()
-        self.parameters = {name: p for name, p in every.items() if p.requires_grad}  #: to train
-        self._frozen = {name: p for name, p in every.items() if not p.requires_grad}
+        known = model.named_parameters()
+        self.parameters = {name: p for name, p in known.items() if p.requires_grad}  #: to train
+        self._frozen = {name: p for name, p in known.items() if not p.requires_grad}
         self.accumulate = accumulate
         self.steps = 0  #: updates made
+        #: Whether any rank got SIGTERM or SIGUSR1 (`mpidl.signals`): the same on all ranks after an
+        #: update; with `local_steps` after an average; asynchronous, this rank's own.
+        self.stop_requested = False
         check_parameters(model, self.world)
         with self.world.together():
             clip = Clip(clip_value, clip_norm)
             check_options(accumulate, local_steps, overlap, bucket_bytes)
+            check_microbatches(model, microbatches, accumulate, local_steps)
             self._asynchronous = getattr(strategy, "asynchronous", False)
-            if microbatches is not None:
-                check_microbatches(model, microbatches, accumulate, local_steps)
             optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         for option in (
             f"{bucket_bytes=}, {overlap=}, {local_steps=}",
@@ -153,10 +154,9 @@ class DataParallel:
         self._placement = Placement(model, self.world, self.strategy, self.buckets)
         if microbatches is not None:  # after rank 0's buffers have come to all
             self._buffer_mean = BufferMean(lambda: of_floats(model), self.strategy)
-            every_bucket = [*self.buckets, *self._buffer_mean.buckets]
-            tree = Tree.of(microbatches, self.world)
-            self._microbatches = Microbatches(tree, self.world, every_bucket, self.choice.partials)
-            self._accumulation = self._microbatches
+            every = [*self.buckets, *self._buffer_mean.buckets]
+            sums = Microbatches(microbatches, self.world, every, self.choice.partials)
+            self._accumulation = self._microbatches = sums
         self._local = (
             None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
         )
@@ -204,11 +204,10 @@ class DataParallel:
         over the samples of all k calls and all ranks. `flush` ends a shorter group.
 
         Raises on every rank (with `local_steps`, of the group that steps together), before anything
-        is updated: MissingBackward where a rank has samples
-        and no gradient, NonFiniteGradient if asked to look, or if `clip_norm` finds a norm that is
-        not finite, InvalidArgument for samples that could not be counted, and for a parameter that
-        was frozen, or whose memory was replaced. With `accumulate` this is at the k-th call, whose
-        group is then forgotten.
+        is updated: MissingBackward where a rank has samples and no gradient, NonFiniteGradient if
+        asked to look, or if `clip_norm` finds a norm that is not finite, InvalidArgument for samples
+        that could not be counted, and for a parameter that was frozen, or whose memory was replaced.
+        With `accumulate` this is at the k-th call, whose group is then forgotten.
         """
         problem: MpidlError | None = None
         try:
@@ -239,6 +238,8 @@ class DataParallel:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
         with nullcontext() if self._local is None else self._local.counted(self.buckets):
             self._average_and_update(weight, problem)
+        if self._local is not None and not self._local.due:
+            self.stop_requested = self.world.sum([self._stops])[0] > 0
 
     def _average_and_update(self, weight: float, problem: MpidlError | None) -> None:
         averaged = False
@@ -250,8 +251,12 @@ class DataParallel:
             if problem is not None:
                 raise problem
             total = weight or 1.0
+            self.stop_requested = self._stops
         else:
-            total, problems = map(float, world.sum([weight, problem is not None]))
+            asked = [weight, problem is not None, self._stops]
+            total, problems, stops = map(float, world.sum(asked))
+            if self._local is None:
+                self.stop_requested = stops > 0
             if problems:
                 world.agree(problem)
             if total == 0 and self._local is None:
@@ -265,6 +270,10 @@ class DataParallel:
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1
+
+    @property
+    def _stops(self) -> bool:
+        return self.stop_requested or signals.received() is not None
 
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks: their mean, after `local_steps`. Collective.
@@ -305,12 +314,12 @@ class DataParallel:
         of a node share them, and on the CPU they are read-only for all but the strategy.
         """
         self.world.barrier()  # nobody reads the old values any more
-        with self.world.together():
-            self._placement.lock(False)
-            try:
-                self.model.load_state_dict(state, strict)
-            finally:
-                self._placement.lock(True)
+        with self.world.together(), self._placement.unlocked():
+            self.model.load_state_dict(state, strict)
+        self.restart()
+
+    def restart(self) -> None:
+        """Go on with the values that parameters and buffers now have. Collective."""
         self.update.restart()
         if self._buffer_mean is not None:
             self._buffer_mean.restart()
@@ -333,18 +342,9 @@ class DataParallel:
     def _weigh(self, weight: float | None) -> float:
         """Return this rank's weight, its gradients being in order and complete; or raise."""
         step = f"step {self.steps}"
-        problem = self._placement.problem(step)
-        if problem is not None:
-            raise problem
+        self._placement.check(step)
         have = any(p.grad is not None for p in self.parameters.values())
         weight = self._count.weight(weight, step, gradients=have)
         begun = self._overlap is not None and self._overlap.begun
-        for name, p in self.parameters.items():
-            if p.grad is None or not (weight or begun):  # has no part in this step's loss
-                p.fill_grad()
-            elif self.check_finite and not namespace(p.grad).isfinite(p.grad).all():
-                raise NonFiniteGradient(f"{step}: the gradient of {name} is not finite")
-            problem = self._placement.gradient_problem(step, name, p)
-            if problem is not None:
-                raise problem
+        self._placement.complete(step, counts=bool(weight) or begun, finite=self.check_finite)
         return weight

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpidl.array import is_device, namespace, to_numpy
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, NonFiniteGradient
 from mpidl.staging import Staging
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from mpidl.array import Array
-    from mpidl.autograd import Tensor
     from mpidl.bucket import Bucket
     from mpidl.nn import Module
     from mpidl.strategies import Strategy
@@ -68,6 +68,15 @@ class Placement:
             if self._shared and not is_device(parameter.data):
                 parameter.data.flags.writeable = not locked
 
+    @contextmanager
+    def unlocked(self) -> Iterator[None]:
+        """Let anybody write to them in this context."""
+        self.lock(False)
+        try:
+            yield
+        finally:
+            self.lock(True)
+
     def problem(self, step: str) -> InvalidArgument | None:
         """Return what is wrong with a parameter that does not train as it did at the start."""
         if not self._places:
@@ -89,11 +98,25 @@ class Placement:
                 )
         return None
 
-    def gradient_problem(self, step: str, name: str, parameter: Tensor) -> InvalidArgument | None:
-        """Return what is wrong where the gradient of a parameter is not in its bucket."""
-        if parameter.grad is self._places[name][1]:
-            return None
-        return _left(f"{step}: parameter {name}")
+    def check(self, step: str) -> None:
+        """Raise what `problem` returns."""
+        problem = self.problem(step)
+        if problem is not None:
+            raise problem
+
+    def complete(self, step: str, *, counts: bool, finite: bool) -> None:
+        """Give every parameter a gradient: 0 where it has no part in the loss, or none `counts`.
+
+        Raises InvalidArgument where one is not in its bucket, and NonFiniteGradient where all are
+        to be `finite` and one is not.
+        """
+        for name, p in self._trained.items():
+            if p.grad is None or not counts:
+                p.fill_grad()
+            elif finite and not namespace(p.grad).isfinite(p.grad).all():
+                raise NonFiniteGradient(f"{step}: the gradient of {name} is not finite")
+            if p.grad is not self._places[name][1]:
+                raise _left(f"{step}: parameter {name}")
 
     def release(self) -> None:
         """Move the parameters to memory that is this rank's alone."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl import abort
 from mpidl.array import UPDATE_BLOCK_BYTES, blocks, to_numpy
 from mpidl.errors import InvalidArgument
 from mpidl.optim.base import Layers, check_used, rate
@@ -238,7 +239,8 @@ def _end() -> None:
     Not where this rank ends by an error: then the job ends, and nobody needs waiting for. Nor in a
     forked child, which is no rank.
     """
-    members = [] if _statuses else [member for member in _members if member.here]
+    failed = _statuses and not abort.leaving()
+    members = [] if failed else [member for member in _members if member.here]
     for member in members:
         member.leave()
     for member in members:

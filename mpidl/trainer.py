@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from mpidl import codecs, data, nn, progress
+from mpidl import codecs, data, exact, nn, progress, signals
 from mpidl.array import is_device
 from mpidl.errors import InvalidArgument
+from mpidl.loss_sum import LossSum
 from mpidl.nn.predict import evaluating
 from mpidl.parallel import DataParallel
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import timedelta
     from pathlib import Path
 
     from mpidl.array import Array
     from mpidl.autograd import Tensor
+    from mpidl.checkpoint.saver import Saver
     from mpidl.data import Dataset
     from mpidl.optim.groups import Groups
     from mpidl.run_folder import RunFolder
@@ -55,6 +58,15 @@ class Trainer:
         metrics: name -> function (output, target) -> mean over the samples, as a number or a
             tensor of one element. By default accuracy where the loss is `nn.cross_entropy`, else
             none. "loss" is there already: InvalidArgument on every rank.
+        checkpoint: folder for checkpoints, on a file system that all hosts share: `fit` writes one
+            after every epoch, while training goes on. SIGTERM and SIGUSR1 then finish the step,
+            write one, and end the run with status 75. See `mpidl.checkpoint`.
+        checkpoint_every: also every so many updates, or so much time (a `datetime.timedelta`).
+        keep, best: the last so many are kept, and the best: "loss" for that with the smallest,
+            ("accuracy", "max") for the largest; of `Epoch.metrics`, else `Epoch.loss`.
+        resume: "auto" goes on from the newest complete one in `checkpoint`, if there is one: `fit`
+            then returns also what was done before. A damaged one is passed over, with a warning.
+            True if there must be one, or a path; False begins anew.
         out: folder for `config.json` and `metrics.jsonl`, written by rank 0, whose word counts.
         settings: what else `config.json` is to hold.
         quiet: show no progress.
@@ -78,6 +90,11 @@ class Trainer:
         clip_value: float | None = None,
         accumulate: int = 1,
         microbatches: int | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | timedelta | None = None,
+        keep: int = 3,
+        best: str | tuple[str, str] | None = None,
+        resume: str | Path | bool = "auto",
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
@@ -110,6 +127,11 @@ class Trainer:
         self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
         self.epochs = 0  #: done so far, in all calls of `fit`
         self._folder: RunFolder | None = None
+        self._saver: Saver | None = None
+        if checkpoint is not None:
+            from mpidl.checkpoint.saver import Saver
+
+            self._saver = Saver(self, checkpoint, checkpoint_every, keep, best, resume)
 
     def fit(
         self,
@@ -158,6 +180,11 @@ class Trainer:
                 microbatches=self.microbatches,
             )
 
+        history: list[Epoch] = []
+        saver, asked = self._saver, epochs
+        if saver is not None:  # what another run has done is not done again
+            history = [Epoch(**done) for done in saver.take(epochs)]
+            epochs -= len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
         steps = sum(map(len, ahead))
@@ -166,9 +193,11 @@ class Trainer:
         if not callable(batch_size):
             batch_size = first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        history: list[Epoch] = []
-        with progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown:
-            if not self.epochs:
+        with (
+            progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown,
+            signals.watching() if saver is not None else nullcontext(),
+        ):
+            if not self.epochs or (saver is not None and saver.resumed):
                 shown.line(self._introduction())
             for this in ahead:
                 loss, seconds = self._train(this, shown)
@@ -183,9 +212,13 @@ class Trainer:
                     samples_per_second=samples / seconds,
                 )
                 history.append(result)
-                shown.line(_line(result, self.epochs - len(history) + epochs))
+                shown.line(_line(result, self.epochs - len(history) + asked))
                 if folder is not None:
                     folder.write(asdict(result))
+                if saver is not None:
+                    saver.after_epoch(result)
+            if saver is not None:
+                saver.checkpoints.finish()
         return history
 
     def evaluate(self, dataset: Dataset, batch_size: int = 1024) -> dict[str, float]:
@@ -221,14 +254,18 @@ class Trainer:
         They are added up without error: the same bits, whoever made which of them.
         """
         ranks = self.world.gather(sums)
-        return [math.fsum(chain(*found)) / samples for found in zip(*ranks, strict=True)]
+        return [exact.total(chain(*found)) / samples for found in zip(*ranks, strict=True)]
 
     def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
-        losses: list[tuple[Array, int]] = []  # on a GPU they stay there: no step waits for them
+        before: list[float] = []
+        spent = 0.0  # seconds, where another run has begun this epoch
+        if self._saver is not None:
+            batches, before, spent = self._saver.begin(batches)
+        losses = LossSum(before)
         self.model.train()
         joins = any(module.sync for module in self.model.modules())
-        start = time.perf_counter()
+        start = time.perf_counter() - spent
         for shard, (x, y) in zip(batches.shards(), batches, strict=True):
             nn.random.reseed(batches.seed, batches.epoch, shard.step, shard.first)
             self.replica.expect(shard.batch_size)
@@ -236,19 +273,27 @@ class Trainer:
                 loss = self.loss(self.model(x), y)
                 loss.backward()
             if len(x):
-                losses.append((loss.data.reshape(()).copy(), len(x)))
+                losses.add(loss.data, len(x))
             self.replica.step(weight=len(x))
-            if shard.last:
-                shown.step(shard.batch_size)
+            if not shard.last:
+                continue
+            shown.step(shard.batch_size)
+            if self._saver is not None:
+                self._saver.after_step(batches, shard.step, losses, time.perf_counter() - start)
         self.replica.flush()
         self.replica.synchronize()
         self.replica.average_buffers()
-        sums = [float(loss) * samples for loss, samples in losses]
+        sums = losses.parts()
         seconds = max(self.world.gather(time.perf_counter() - start))
         return self._means([sums], len(batches.dataset))[0], seconds
 
     def close(self) -> None:
-        """Give back what the strategy took. The model stays usable. Not collective."""
+        """Give back what the strategy took. The model stays usable.
+
+        Collective where checkpoints are written, else not.
+        """
+        if self._saver is not None:
+            self._saver.checkpoints.close()
         self.replica.close()
 
     def _introduction(self) -> str:
@@ -256,7 +301,10 @@ class Trainer:
         ranks = f"{world.size} rank{'s' * (world.size > 1)}"
         nodes = f"{world.nodes} node{'s' * (world.nodes > 1)}"
         coded = f", codec {choice.codec}" if choice.codec is not None else ""
-        return f"{ranks} on {nodes}, strategy {choice.name} ({choice.why}){coded}"
+        resumed = ""
+        if self._saver is not None and self._saver.resumed:
+            resumed, self._saver.resumed = f"; {self._saver.resumed}", None
+        return f"{ranks} on {nodes}, strategy {choice.name} ({choice.why}){coded}{resumed}"
 
     def _open_folder(self, samples: int, **arguments: Any) -> RunFolder | None:
         """Return the run folder, made at the first call, if rank 0 wants one. Collective."""

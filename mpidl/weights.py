@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from mpidl.errors import DataError, InvalidArgument
+from mpidl.errors import CheckpointError, DataError, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,24 +51,27 @@ def save(model: Module, path: AnyPath) -> None:
 def load(source: Mapping[str, Array] | AnyPath, model: M) -> M:
     """Fill `model` with the weights of `source`, and return it in evaluation mode.
 
-    `source` is a dict of arrays by dotted name, or a .safetensors or .npz file of them. On several
-    ranks one or all call it before `DataParallel` takes the model; later see
+    `source` is a dict of arrays by dotted name, a .safetensors or .npz file of them, or a folder
+    with checkpoints of a training, of which the newest counts, or one of these. On several ranks
+    one or all call it before `DataParallel` takes the model; later see
     `DataParallel.load_state_dict`. The model is changed only if all fits.
 
-    Raises DataError for a file that is missing, cut short or damaged (in a .safetensors file,
-    damaged values are seen if `save` wrote it), and InvalidArgument for another suffix, and for
-    names and shapes that are not the model's.
+    Raises CheckpointError for a checkpoint, and DataError for a file, that is missing, cut short or
+    damaged (in a .safetensors file, damaged values are seen if `save` wrote it); InvalidArgument
+    for another suffix, and for names and shapes that are not the model's.
     """
     if isinstance(source, Mapping):
         model.load_state_dict(source)
         return model.eval()
     path = Path(source)
-    if path.suffix not in READERS:
+    if path.is_dir():
+        state = _read_checkpoint(path)
+    elif path.suffix not in READERS:
         raise InvalidArgument(f"load {path}: expected a name that ends in {' or '.join(READERS)}")
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "is missing"
-        raise DataError(f"{path} {found}; expected a file of weights")
-    state = READERS[path.suffix](path)
+    elif not path.is_file():
+        raise DataError(f"{path} is missing; expected a file of weights")
+    else:
+        state = READERS[path.suffix](path)
     try:
         model.load_state_dict(state)
     except InvalidArgument as error:
@@ -135,7 +138,16 @@ def _read_npz(path: Path) -> dict[str, Array]:
     return state
 
 
-#: Who reads what; a folder of a training run's state can be another entry.
+def _read_checkpoint(path: Path) -> dict[str, Array]:
+    from mpidl.checkpoint import folder, weights
+
+    found = folder.candidates(path)
+    if not found:
+        raise CheckpointError(f"{path} is a folder in which no checkpoint is complete")
+    return weights(found[0])
+
+
+#: Who reads what.
 READERS: dict[str, Callable[[Path], dict[str, Array]]] = {
     SUFFIX: _read_safetensors,
     ".npz": _read_npz,

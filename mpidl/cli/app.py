@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mpidl import __version__
-from mpidl.cli import bench, launcher
+from mpidl.cli import attend, bench, launcher
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
@@ -68,6 +68,8 @@ def run(
         print(shlex.join(["env", *changes, *line] if changes else line))
         return
     sys.stdout.flush()
+    if library.vendor == "openmpi":
+        raise typer.Exit(attend.run(line, {**os.environ, **environment}))
     # The launcher takes this process's place: its exit status and Ctrl-C need no one between.
     os.execve(line[0], line, {**os.environ, **environment})
 

@@ -91,6 +91,21 @@ class Int8:
         np.copyto(values, codes)
         values *= factors[: values.size]
 
+    def stream(self) -> Array:
+        """Return where the random bits stand: (4,) uint64; zeros before the first."""
+        if not self._stream:
+            return np.zeros(4, np.uint64)
+        found: Array = self._stream[0].state["state"]["state"].copy()
+        return found
+
+    def set_stream(self, state: Array) -> None:
+        """Let the random bits go on from where `stream` said they stand."""
+        self._stream.clear()
+        if state.any():
+            stream = np.random.SFC64()
+            stream.state = {**stream.state, "state": {"state": state}}
+            self._stream.append(stream)
+
     def _blocks(self, size: int) -> int:
         return -(-size // self.block)
 

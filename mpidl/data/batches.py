@@ -41,6 +41,7 @@ class Batches:
     load: Callable[[Batches], Iterator[tuple[Array, Array]]] | None = None  #: a `Loader`'s
     microbatches: int | None = None  #: of each global batch
     mine: range = range(0)  #: this rank's among them
+    begin: int = 0  #: the first step that is yielded: those before it were made by another run
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
@@ -54,7 +55,7 @@ class Batches:
             yield to_device(x, self.device), to_device(y, self.device)
 
     def shards(self) -> Iterator[Shard]:
-        """Yield what this rank takes, step by step."""
+        """Yield what this rank takes, step by step, from `begin` on."""
         n = len(self.dataset)
         order = np.arange(n)
         if self.shuffle:
@@ -62,7 +63,9 @@ class Batches:
         parts, mine = self.size, range(self.rank, self.rank + 1)
         if self.microbatches is not None:
             parts, mine = self.microbatches, self.mine
-        for step, start in enumerate(range(0, n, self.batch_size)):
+        for step, start in enumerate(
+            range(self.begin * self.batch_size, n, self.batch_size), self.begin
+        ):
             batch = order[start : start + self.batch_size]
             ends = [len(batch) * part // parts for part in ((*mine, mine.stop) if mine else (0, 0))]
             for number, (first, end) in enumerate(pairwise(ends), 1):

@@ -64,6 +64,48 @@ def generator(xp: Any = np) -> Any:
     return found
 
 
+def get_state() -> dict[str, Any]:
+    """Return all that the next numbers depend on, as JSON has it; noise on a GPU left out."""
+    noise = _noise.get("numpy")
+    return {
+        "seed": _seed,
+        "key": None if _key is None else list(_key),
+        "weights": None if _weights is None else _weights.bit_generator.state,
+        "noise": None if noise is None else noise.bit_generator.state,
+    }
+
+
+def set_state(state: dict[str, Any]) -> None:
+    """Go on from where `get_state` said. Raises as `check_state`, before anything is changed."""
+    global _seed, _key, _weights
+    weights, noise = check_state(state)
+    _seed = state["seed"]
+    _key = None if state["key"] is None else tuple(state["key"])
+    _weights = weights
+    _noise.clear()
+    if noise is not None:
+        _noise["numpy"] = noise
+
+
+def check_state(state: Any) -> list[np.random.Generator | None]:
+    """Return the generators of weights and noise in `state`.
+
+    Raises ValueError, TypeError, KeyError or OverflowError where it cannot be one.
+    """
+    for number in (state["seed"], *(state["key"] or ())):
+        if number is not None and (type(number) is not int or number < 0):
+            raise ValueError(f"{number!r} is no seed")
+    found: list[np.random.Generator | None] = []
+    for name in ("weights", "noise"):
+        made = None
+        if state[name] is not None:
+            bits = np.random.PCG64(0)
+            bits.state = state[name]
+            made = np.random.Generator(bits)
+        found.append(made)
+    return found
+
+
 def _check(*key: int) -> None:
     if any(number < 0 for number in key):
         raise InvalidArgument(f"seed {', '.join(map(str, key))}: expected numbers of 0 or more")

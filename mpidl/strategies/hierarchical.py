@@ -15,12 +15,12 @@ from mpidl.array import ALIGNMENT_BYTES, GRAIN, UPDATE_BLOCK_BYTES, blocks
 from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import Exchange, Lane, Source
-from mpidl.lowrank import LowRank
+from mpidl.lowrank import LowRank, Matrix
 from mpidl.strategies.base import private
 from mpidl.tree import Tree, add, depth
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -140,6 +140,17 @@ class Hierarchical:
     def state(self, grad: Array) -> dict[str, Array]:
         """Return what the codec keeps from step to step for the owned part of `grad` (n,)."""
         return self._find(grad).state
+
+    def matrices(self, grad: Array) -> Iterator[tuple[Matrix, int]]:
+        """Yield each matrix of which `state` has directions, in their order, and their number."""
+        known = self._find(grad)
+        if isinstance(self.exchange, LowRank):
+            for m in self.exchange.matrices(known.lanes, known.layout):
+                yield m, self.exchange.rank
+
+    def codecs(self) -> list[codecs.Codec]:
+        """Return those that may draw random numbers."""
+        return self.exchange.codecs if isinstance(self.exchange, Exchange) else []
 
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Add up the owned slice of all ranks' weighted gradients (n,). Collective."""

@@ -58,6 +58,10 @@ class Ring:
             raise InvalidArgument(f"ring: codec {self.codec} works in host memory; not on a GPU")
         return private(size, dtype, xp)
 
+    def codecs(self) -> list[codecs.Codec]:
+        """Return those that may draw random numbers."""
+        return [] if self.codec is None else [self.codec]
+
     def owned(self, size: int) -> slice:
         """Return all of it."""
         return slice(0, size)

@@ -13,7 +13,6 @@ from mpidl.buffers import BufferMean
 from mpidl.errors import InvalidArgument
 from mpidl.microbatches import Microbatches
 from mpidl.torch.buffers import Buffers
-from mpidl.tree import Tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,9 +49,7 @@ class Loop:
         self._world, self._gradients = world, gradients
         self._means = BufferMean(lambda: _floats(module), choice.strategy)
         self._others = Buffers(module, world, counts=lambda b: b.dtype not in MEANS)
-        self.sums = Microbatches(
-            Tree.of(number, world), world, [*buckets, *self._means.buckets], choice.partials
-        )
+        self.sums = Microbatches(number, world, [*buckets, *self._means.buckets], choice.partials)
         gradients.microbatches = self.sums
 
     def restart(self) -> None:

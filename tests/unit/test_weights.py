@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpidl import nn
-from mpidl.errors import DataError, InvalidArgument
+from mpidl.errors import CheckpointError, DataError, InvalidArgument
 from mpidl.weights import load, replacing, save
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def test_missing_files_folders_and_suffixes(rng: Rng, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.npz is missing; expected a file of weights"):
         load(tmp_path / "model.npz", model)
     (tmp_path / "run.safetensors").mkdir()
-    with pytest.raises(DataError, match=r"run\.safetensors is a folder"):
+    with pytest.raises(CheckpointError, match=r"run\.safetensors is a folder in which no"):
         load(tmp_path / "run.safetensors", model)
     with pytest.raises(InvalidArgument, match=r"model\.pt: expected .*\.safetensors or \.npz"):
         load(tmp_path / "model.pt", model)

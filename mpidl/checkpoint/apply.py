@@ -1,0 +1,108 @@
+"""Giving a `DataParallel` the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpidl import nn
+from mpidl.array import namespace
+from mpidl.asynchronous import AsynchronousUpdate
+from mpidl.checkpoint.pieces import Held
+from mpidl.checkpoint.reader import fill
+from mpidl.checkpoint.state import write_into
+from mpidl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mpidl.array import Array
+    from mpidl.checkpoint.reader import Stored
+    from mpidl.checkpoint.state import EngineState
+
+
+def restore(state: EngineState, stored: Stored) -> list[str]:
+    """Take over what is stored: first all is read and checked, then all is copied. Collective.
+
+    Each rank reads what it holds; owners publish the parameters, as after an update. Returns notes
+    on what could not be kept. Raises CheckpointError on every rank, before anything is changed.
+    """
+    replica, world = state.replica, state.world
+    held = state.held()
+    notes: list[str] = []
+    tensors = state.tensors()  # collective
+    with world.together():
+        state.check(stored, tensors)
+        values = [_value(state, stored, h, notes) for h in held]
+        engine = _checked(stored)
+    world.barrier()  # nobody reads the old values any more
+    replica.zero_grad()
+    for h, value in zip(held, values, strict=True):
+        if value is not None and h.kind not in ("frozen", "buffer", "codec.stream"):
+            h.array[:] = namespace(h.array).asarray(value)
+    found = {(h.kind, h.name): v for h, v in zip(held, values, strict=True)}
+    for name, p in state.replica._frozen.items():
+        write_into(p.data, _known(found["frozen", name]))
+    for name, b in replica.model.named_buffers().items():
+        write_into(b.data, _known(found["buffer", name]))
+    state.set_streams([v for h, v in zip(held, values, strict=True) if h.kind == "codec.stream"])
+    for flat in replica.buckets:
+        state.strategy.share(flat.param)
+    replica.steps = stored.manifest.step
+    _counters(state, stored, engine)
+    replica.restart()
+    every = [note for found in world.gather(notes) for note in found]
+    left = [kind for kind, _ in stored.tensors if kind == "codec.error"]
+    if left and not any(h.kind == "codec.error" for h in held):
+        every.append("what the codec had left out is dropped: nothing is encoded here")
+    return sorted(set(every))
+
+
+def _value(state: EngineState, stored: Stored, held: Held, notes: list[str]) -> Array | None:
+    """Return what is stored for what this rank holds; None, and a note, where nothing fits."""
+    if not held.kind.startswith("codec."):
+        return state.value(stored, held)
+    tensor = stored.tensors.get((held.kind, held.name))
+    if held.kind == "codec.error" and tensor is not None:
+        return state.value(stored, held)
+    copies = state.world.size if held.kind == "codec.stream" else 1
+    fits = tensor is not None and tensor.copies == copies and tensor.shape == held.array.shape
+    if tensor is None or not fits or tensor.dtype != held.array.dtype.name:
+        notes.append(f"the codec's {held.kind[6:]} begin anew: they are other ranks'")
+        return None
+    array = np.empty(held.array.size, tensor.dtype)
+    fill(stored, [Held(held.kind, held.name, held.copy, 0, array)])
+    return array
+
+
+def _checked(stored: Stored) -> dict[str, Any]:
+    """Return the engine's numbers. Raises CheckpointError where they cannot be."""
+    engine = stored.manifest.engine
+    updates, local = engine.get("updates", 0), engine.get("local_steps", [1, 0])
+    random = engine.get("random", [])
+    whole = isinstance(local, list) and len(local) == 2 and all(type(n) is int for n in local)
+    if type(updates) is not int or updates < 0 or not whole or not isinstance(random, list):
+        raise CheckpointError(f"{stored.path}: the manifest's engine is {engine}")
+    try:
+        for one in random:
+            nn.random.check_state(one)
+    except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
+        raise CheckpointError(f"{stored.path}: the random state of a rank: {error!r}") from error
+    return {"updates": updates, "local_steps": local, "random": random}
+
+
+def _counters(state: EngineState, stored: Stored, engine: dict[str, Any]) -> None:
+    replica, world = state.replica, state.world
+    if len(engine["random"]) == world.size:
+        nn.random.set_state(engine["random"][world.rank])
+    local = replica._local
+    if local is not None:
+        every, calls = engine["local_steps"]
+        local._calls = calls if every == local.every and 0 <= calls < every else 0
+    if isinstance(replica.update, AsynchronousUpdate) and replica.update._member.server is not None:
+        updates = engine["updates"] * world.size // stored.manifest.ranks  # P make one step
+        replica.update._member.server.updates = updates or replica.steps * world.size
+
+
+def _known(value: Array | None) -> Array:
+    assert value is not None
+    return value

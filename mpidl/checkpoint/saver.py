@@ -1,0 +1,214 @@
+"""When a `Trainer` writes checkpoints, and how it goes on from one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpidl import abort, checkpoint, config, exact, signals
+from mpidl.checkpoint.folder import complete
+from mpidl.checkpoint.state import EngineState
+from mpidl.errors import CheckpointError, InvalidArgument
+
+if TYPE_CHECKING:
+    from mpidl import data
+    from mpidl.checkpoint.checkpoints import Best
+    from mpidl.loss_sum import LossSum
+    from mpidl.trainer import Epoch, Trainer
+
+EARLY = 0.1  # of the time between checkpoints: where less is left, it is time
+FIRST_LOOK = 8  # steps until the first look at the clock
+
+
+class Saver:
+    """Writes checkpoints of a `Trainer`: every so many steps or seconds, and after every epoch.
+
+    `after_step` and `after_epoch` are all that the loop calls. What it is to do, it finds out
+    without messages: numbers of steps are the same on all ranks, and where time decides, rank 0
+    tells at which step it is to be asked again.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: str | Path,
+        every: int | timedelta | None,
+        keep: int,
+        best: Best,
+        resume: str | Path | bool,
+    ) -> None:
+        self.trainer, self.world, self.every = trainer, trainer.world, every
+        with self.world.together():
+            _check(every, resume)
+        self.world.same(f"checkpoint_every={every}, {resume=}", "checkpoint")
+        state = EngineState(trainer.replica)
+        self.checkpoints = checkpoint.Checkpoints(state, folder, keep=keep, best=best)
+        self.history: list[dict[str, Any]] = []
+        self._position: dict[str, Any] = {}  # within the epoch that another run began
+        self.resumed: str | None = None  #: from where, in words
+        self.left = 0  #: epochs that were resumed, and that `fit` was not yet asked for
+        self._saved_at = time.monotonic()
+        if resume is not False:
+            self._resume(state, self.checkpoints.folder if resume is True else Path(resume))
+        self._begun = trainer.replica.steps  # when the last checkpoint was made
+        self._look_step = self._begun + FIRST_LOOK  # when to look at the clock
+
+    def _resume(self, state: EngineState, path: Path) -> None:
+        if path == Path("auto"):
+            path = self.checkpoints.folder
+            if not self.world.broadcast(bool(complete(path))):
+                return
+        loaded = checkpoint.restore(state, path, fallback=True)
+        made = loaded.manifest
+        self.history = list(made.history)
+        with self.world.together():
+            self._position = _position(loaded)
+            _check_history(loaded)
+        self.trainer.epochs = self.left = made.epoch
+        within = f", step {self._position['batch']} of the next" if self._position else ""
+        notes = "".join(f"; {note}" for note in loaded.notes)
+        self.resumed = f"resumed from {loaded.path}: {made.epoch} epochs{within}{notes}"
+
+    def take(self, epochs: int) -> list[dict[str, Any]]:
+        """Return what another run did of the next `epochs` epochs that `fit` is asked for."""
+        done = min(epochs, self.left)
+        first = len(self.history) - self.left
+        self.left -= done
+        return self.history[first : first + done]
+
+    def begin(self, batches: data.Batches) -> tuple[data.Batches, list[float], float]:
+        """Return what is left of an epoch, losses so far, for rank 0 to add, and the seconds.
+
+        Raises InvalidArgument on every rank where the epoch that was begun was another one.
+        """
+        position, self._position = self._position, {}
+        if not position:
+            return batches, [], 0.0
+        now = _place(batches)
+        if any(position[name] != now[name] for name in now):
+            before = {name: position[name] for name in now}
+            raise InvalidArgument(
+                f"resumed in the middle of an epoch of {before}, which cannot go on with {now}"
+            )
+        losses = position["losses"] if self.world.rank == 0 else []
+        return replace(batches, begin=position["batch"]), losses, position["seconds"]
+
+    def after_step(self, batches: data.Batches, step: int, losses: LossSum, seconds: float) -> None:
+        """Write a checkpoint if it is time, or if a signal came: then leave. Collective then.
+
+        `losses` are this rank's in this epoch, and `seconds` what it took so far.
+        """
+        replica = self.trainer.replica
+        if replica._accumulation is not None and replica._accumulation.passes:
+            return
+        stop = replica.stop_requested and not replica._asynchronous
+        if not stop and (step + 1 == len(batches) or not self._due()):
+            return
+        parts = exact.parts(chain(*self.world.gather(losses.parts())))
+        place = {**_place(batches), "batch": step + 1, "losses": parts, "seconds": seconds}
+        self._save(place, {})
+        if stop:
+            self._leave()
+
+    def after_epoch(self, result: Epoch) -> None:
+        """Write a checkpoint; leave if a signal came. Collective."""
+        self.history.append(asdict(result))
+        self._save({}, {"loss": result.loss, **result.metrics})
+        replica = self.trainer.replica
+        stop = replica.stop_requested
+        if replica._asynchronous:
+            stop = self.world.sum([stop])[0] > 0
+        if stop:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.checkpoints.close()
+        if self.checkpoints.failed:  # to start again would end here once more
+            abort.leave_together(config.EXIT_NOT_SAVED)
+        signals.leave()
+
+    def _save(self, position: dict[str, Any], metrics: dict[str, float]) -> None:
+        trainer = self.trainer
+        self.checkpoints.save(
+            trainer.replica.steps,
+            epoch=trainer.epochs,
+            position=position,
+            metrics=metrics,
+            history=tuple(self.history),
+            made_by=checkpoint.made_by(trainer.replica),
+        )
+        self._saved_at = time.monotonic()
+        self._begun = trainer.replica.steps
+        self._look_step = self._begun + FIRST_LOOK
+
+    def _due(self) -> bool:
+        """Return whether it is time. Collective where rank 0's clock is to be asked."""
+        steps = self.trainer.replica.steps
+        if not isinstance(self.every, timedelta):
+            return self.every is not None and steps >= self._begun + self.every
+        if steps < self._look_step:
+            return False
+        since = time.monotonic() - self._saved_at
+        left = self.every.total_seconds() - since
+        each = since / max(1, steps - self._begun)
+        due = left < EARLY * self.every.total_seconds()
+        ahead = 1 if due else max(1, int(min(left / max(each, 1e-9), 1e9)))
+        due, ahead = self.world.broadcast((due, ahead))
+        self._look_step = steps + ahead
+        return due
+
+
+def _check(every: Any, resume: Any) -> None:
+    whole = isinstance(every, int) and not isinstance(every, bool) and every > 0
+    timed = isinstance(every, timedelta) and every > timedelta()
+    if every is not None and not whole and not timed:
+        raise InvalidArgument(
+            f"checkpoint_every={every!r}: expected a number of steps, a datetime.timedelta, or None"
+        )
+    if not isinstance(resume, (str, Path, bool)):
+        raise InvalidArgument(f'{resume=}: expected "auto", True, False or a path')
+
+
+def _place(batches: data.Batches) -> dict[str, Any]:
+    """Return what must be the same for an epoch to go on in its middle."""
+    return {
+        "epoch": batches.epoch,
+        "seed": batches.seed,
+        "batch_size": batches.batch_size,
+        "samples": len(batches.dataset),
+        "shuffle": batches.shuffle,
+    }
+
+
+def _position(loaded: checkpoint.Loaded) -> dict[str, Any]:
+    """Return the position of a checkpoint. Raises CheckpointError where it cannot be one."""
+    position = loaded.manifest.position
+    names = ("epoch", "seed", "batch_size", "samples", "shuffle", "batch", "losses", "seconds")
+    if not position:
+        return {}
+    losses: Any = position.get("losses")
+    fits = set(position) == set(names) and isinstance(losses, list)
+    fits = fits and all(type(x) in (int, float) for x in (*losses, position["seconds"]))
+    if not fits or type(position["batch"]) is not int or position["batch"] < 0:
+        raise CheckpointError(f"{loaded.path}: its position in the data is {position}")
+    return {**position, "losses": list(map(float, losses))}
+
+
+def _check_history(loaded: checkpoint.Loaded) -> None:
+    """Raise CheckpointError unless there is one `Epoch` for each that was done."""
+    from mpidl.trainer import Epoch
+
+    made = loaded.manifest
+    try:
+        done = [Epoch(**result) for result in made.history]
+    except TypeError as error:
+        raise CheckpointError(f"{loaded.path}: its history: {error}") from error
+    if len(done) != made.epoch:
+        raise CheckpointError(
+            f"{loaded.path} tells of {len(done)} epochs of {made.epoch}: expected one that "
+            "Trainer(checkpoint=...) wrote; others are for checkpoint.load"
+        )

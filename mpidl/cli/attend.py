@@ -1,0 +1,57 @@
+"""Waiting for Open MPI's launcher, so that SIGTERM leaves the ranks time for a checkpoint.
+
+Measured with Open MPI 5.0.11: a quarter of a second after mpirun gets SIGTERM it sends it to the
+ranks, and SIGKILL a quarter of a second later; no option changes that. SIGUSR1 it only passes on.
+(MPICH's mpiexec passes both on, and waits.) So SIGTERM becomes SIGUSR1 on its way, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SI_KERNEL = 128  # of asm-generic/siginfo.h: from the terminal, to the launcher too
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def run(line: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the launcher, and return its exit status; ends by the signal that ended it.
+
+    Where this process is killed, the launcher gets SIGTERM. Signals must not be caught elsewhere.
+    """
+    awaited = (*PASSED_ON, signal.SIGCHLD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # sigwaitinfo takes them
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be here, it never comes
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def begin() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    child = subprocess.Popen(line, env=environment, preexec_fn=begin)  # one thread: it may be so
+    asked = False
+    while child.poll() is None:
+        found = signal.sigwaitinfo(awaited)
+        number = signal.Signals(found.si_signo)
+        if number == signal.SIGCHLD or found.si_code == SI_KERNEL:
+            continue
+        if number == signal.SIGTERM and not asked:
+            asked, number = True, signal.SIGUSR1
+        with suppress(ProcessLookupError):
+            child.send_signal(number)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if child.returncode >= 0:
+        return child.returncode
+    signal.signal(-child.returncode, signal.SIG_DFL)
+    os.kill(os.getpid(), -child.returncode)
+    return 128 - child.returncode

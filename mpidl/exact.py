@@ -1,0 +1,35 @@
+"""Sums of floating-point numbers without an error: the same bits in any order, and in parts."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def total(values: Iterable[float]) -> float:
+    """Return the exact sum, rounded once; where some are not finite, what adding them up gives."""
+    values = list(values)
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # of infinities of both signs
+        return sum(values)
+
+
+def parts(values: Iterable[float]) -> list[float]:
+    """Return a few numbers with the same exact sum. What is not finite stays in it."""
+    values = list(values)
+    if not all(map(math.isfinite, values)):
+        return [total(values)]
+    rest, found = sum(map(Fraction, values), Fraction()), []
+    while rest:
+        try:
+            part = float(rest)
+        except OverflowError:
+            return values
+        found.append(part)
+        rest -= Fraction(part)
+    return found

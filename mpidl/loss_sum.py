@@ -1,0 +1,35 @@
+"""The losses of an epoch, added up without error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpidl import exact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mpidl.array import Array
+
+WAITING = 1024  # losses of a GPU that are fetched at once: no step waits for them
+
+
+class LossSum:
+    """The sum of samples x mean loss over the steps of this rank; `before` are sums of others."""
+
+    def __init__(self, before: Iterable[float] = ()) -> None:
+        self._parts = list(before)
+        self._new: list[tuple[Array, int]] = []
+
+    def add(self, loss: Array, samples: int) -> None:
+        """Count a mean `loss` of one element."""
+        self._new.append((loss.reshape(()).copy(), samples))
+        if len(self._new) == WAITING:
+            self.parts()
+
+    def parts(self) -> list[float]:
+        """Return a few numbers, whose exact sum is that of all."""
+        self._parts += [float(loss) * samples for loss, samples in self._new]
+        self._new.clear()
+        self._parts = exact.parts(self._parts)
+        return self._parts

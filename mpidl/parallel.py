@@ -205,8 +205,8 @@ class DataParallel:
 
         Raises on every rank (with `local_steps`, of the group that steps together), before anything
         is updated: MissingBackward where a rank has samples and no gradient, NonFiniteGradient if
-        asked to look, or if `clip_norm` finds a norm that is not finite, InvalidArgument for samples
-        that could not be counted, and for a parameter that was frozen, or whose memory was replaced.
+        asked to look, or if `clip_norm` finds a norm that is not finite, InvalidArgument for what
+        could not be counted, and for a parameter that was frozen, or whose memory was replaced.
         With `accumulate` this is at the k-th call, whose group is then forgotten.
         """
         problem: MpidlError | None = None

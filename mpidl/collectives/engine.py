@@ -33,7 +33,7 @@ class Engine:
     def __init__(self, world: World) -> None:
         self.world = world
         self._driver = Driver(world)
-        self._in_flight, self._known = self._driver.in_flight, self._driver.known
+        self._in_flight, self._known = self._driver.in_flight, self._driver.known.ids
         self._ids = self._driver.ids
         self._sets_asked, self._closed = 0, False
 
@@ -47,7 +47,9 @@ class Engine:
             return self.submit_all([request])[0]
         handle = Handle(request)
         key = (request.process_set, request.name)
-        known = self._known.get(key)
+        if self._in_flight.setdefault(key, handle) is not handle:
+            raise self._taken(request)
+        known = self._known.get(key)  # after: see `Known.retire`
         # the usual case: as the last time, which all ranks know by a number
         array: Any = request.array
         if (
@@ -56,10 +58,9 @@ class Engine:
             or known[1] != signature(request)
             or not array.flags.carray
         ):
+            self._in_flight.pop(key, None)  # a driver that has failed forgets them all
             self._submit_new([request], [handle])
             return handle
-        if self._in_flight.setdefault(key, handle) is not handle:
-            raise self._taken(request)
         self._ids.append(known[0])
         if self._driver.quiet:
             self._driver.wake()
@@ -185,7 +186,7 @@ class Engine:
         else:
             names = tuple(request.name for request in requests)
             if offered is not None:
-                driver.offered[keys] = offered
+                driver.known.offered[keys] = offered
             driver.items.append(Item(process_set, names, descriptions, requests[0].group))
         if driver.quiet:
             driver.wake()

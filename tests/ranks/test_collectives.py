@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidl.collectives import Engine, Handle, Request
+from mpidl.collectives import Engine, Handle, Request, coordinator, driver, ids, known
 from mpidl.collectives.halves import Halves, shares
 from mpidl.errors import InvalidArgument, RankMismatch
 from mpidl.world import World
@@ -584,6 +584,40 @@ def test_what_cannot_be_while_a_rank_has_joined(world: World, engine: Engine) ->
         engine.wait(engine.submit(Request("z", "broadcast", other, root=1)))
         np.testing.assert_array_equal(other, [1, 1])
     engine.join()
+
+
+def test_more_names_than_ids(
+    world: World, own: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old names come no more, and new ones get their ids, which late ranks may still submit."""
+    few = 32
+    for module in (ids, known, coordinator, driver):
+        monkeypatch.setattr(module, "IDS", few)
+    made = Engine(world)
+    everything: set[int] = set()
+    for turn in range(120):
+        first = turn // 4 * 7  # each name is there for some turns
+        names = [f"{n}" for n in range(first, first + 22)]
+        arrays = {name: np.full(3, int(name) + world.rank, np.float32) for name in names}
+        group = [f"g{turn // 6}", f"h{turn // 6}"]
+        handles = [
+            made.submit(Request(name, "allreduce", arrays[name])) for name in own.permutation(names)
+        ]
+        handles += made.submit_all(
+            [Request(name, "allreduce", np.ones(2), group=turn // 6) for name in group]
+        )
+        for handle in handles:
+            made.wait(handle)
+        for name, array in arrays.items():
+            total = world.size * int(name) + sum(range(world.size))
+            np.testing.assert_array_equal(array, np.full(3, total))
+        np.testing.assert_array_equal(handles[-1].result, np.full(2, world.size))
+        everything |= {i for i, _ in made._driver.known.ids.values()}
+    assert everything == set(range(few))
+    latest = {(0, name) for name in names}
+    assert len(latest & made._driver.known.ids.keys()) > 10
+    assert len(made._driver.known.ids) <= few and len(made._driver._tasks) <= 3 * few
+    made.close()
 
 
 def test_unnamed_ones_leave_plans_alone(world: World) -> None:

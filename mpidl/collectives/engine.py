@@ -12,7 +12,7 @@ from mpidl.collectives.request import Description, Handle, Item, Request, descri
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpidl.world import World
 
@@ -143,6 +143,15 @@ class Engine:
     def ranks_of(self, id: int) -> tuple[int, ...]:  # noqa: A002
         """Return the ranks of a process set, whose ranks within it are their places here."""
         return self._set(id).ranks
+
+    def observe(self, observer: Callable[[list[Handle], list[float]], None] | None) -> None:
+        """Let `observer` be told of what is executed, before it is done. Not collective.
+
+        It gets the handles of operations that were executed as one, and times (s, those of
+        time.perf_counter): begin and end; where they were packed, also those of the call between.
+        It is called by whichever thread makes progress, and is to wait for nothing.
+        """
+        self._driver.executor.observer = observer
 
     def close(self) -> None:
         """Finish what is in flight, or raise in it what can no more be finished. Collective."""

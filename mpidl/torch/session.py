@@ -67,11 +67,13 @@ class Session:
     def layer(self, module: Any) -> str:
         """Return a name for a module: the same on all ranks, where they first use it in one order.
 
-        What comes under one name again and again costs less than what is unnamed.
+        What comes under one name again and again costs less than what is unnamed. Errors tell it:
+        the path of the module is in it, if it has one, or its class.
         """
         if module not in self._layers:
             self._layers_named += 1
-            self._layers[module] = f"layer.{self._layers_named}"
+            told = getattr(module, "path", "") or type(module).__name__
+            self._layers[module] = f"layer {self._layers_named}, {told}"
         return self._layers[module]
 
     def gather(self, value: Any, what: str) -> list[Any]:
@@ -158,12 +160,14 @@ def shutdown() -> None:
     global _session
     if _session is None:
         return
-    if _session.timeline is not None:
-        _session.timeline.close()
     ended, _session = _session, None
     sets.tear_down()
-    with internal():
-        ended.engine.close()
+    try:
+        with internal():
+            ended.engine.close()
+    finally:
+        if ended.timeline is not None:
+            ended.timeline.close()
 
 
 _status = 0  # which mpi4py was told to end all ranks with, when this one ends

@@ -44,6 +44,28 @@ def uninstall() -> None:
         _guard.wanted = False
 
 
+_statuses: list[int] = []  # of `watch`
+
+
+def watch(MPI: Any) -> None:
+    """Hear of `raise SystemExit(n)`, which mpi4py's runner tells to MPI alone, from now on."""
+    tell = getattr(MPI, "_set_abort_status", None)
+    if tell is None or hasattr(tell, "__wrapped__"):
+        return
+
+    def told(status: int) -> None:
+        _statuses.append(status)
+        tell(status)
+
+    told.__wrapped__ = tell  # type: ignore[attr-defined]
+    MPI._set_abort_status = told
+
+
+def ends_all() -> bool:
+    """Return whether this process ends by an error that `watch` heard of, and ends all others."""
+    return bool(_statuses)
+
+
 class _Exit(SystemExit):
     """What `sys.exit` raises; it may still be caught, and then nothing has ended.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl import abort
 from mpidl.array import UPDATE_BLOCK_BYTES, blocks, to_numpy
 from mpidl.errors import InvalidArgument
 from mpidl.optim.base import Layers, check_used, rate
@@ -186,7 +187,7 @@ class Member:
     def __post_init__(self) -> None:
         _members[:] = [member for member in _members if not member.over()]
         _members.append(self)
-        _note_status(self.world.MPI)
+        abort.watch(self.world.MPI)
 
     def leave(self) -> None:
         """Tell the servers that nothing more will come. Not collective."""
@@ -214,21 +215,6 @@ class Member:
 
 
 _members: list[Member] = []
-_statuses: list[int] = []  # that this process will end with, if an error ends it
-
-
-def _note_status(MPI: Any) -> None:
-    """Let `_end` know of `raise SystemExit(n)`, which mpi4py's runner tells to MPI alone."""
-    tell = getattr(MPI, "_set_abort_status", None)
-    if tell is None or getattr(tell, "noted", False):
-        return
-
-    def note(status: Any) -> None:
-        _statuses.append(status)
-        tell(status)
-
-    note.noted = True  # type: ignore[attr-defined]
-    MPI._set_abort_status = note
 
 
 def _end() -> None:
@@ -237,7 +223,7 @@ def _end() -> None:
     Not where this rank ends by an error: then the job ends, and nobody needs waiting for. Nor in a
     forked child, which is no rank.
     """
-    members = [] if _statuses else [member for member in _members if member.here]
+    members = [] if abort.ends_all() else [member for member in _members if member.here]
     for member in members:
         member.leave()
     for member in members:

@@ -131,7 +131,7 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
     if isinstance(process_sets, str) and process_sets != "dynamic":
         raise InvalidArgument(f'{process_sets=}: expected a list of process sets, or "dynamic"')
     world = worlds.init()
-    _watch_status(world.MPI)
+    abort.watch(world.MPI)
     _session = Session(_world_of(world, comm))
     sets.set_up(_session, comm if hasattr(comm, "Get_rank") else None)
     for process_set in (
@@ -170,24 +170,6 @@ def shutdown() -> None:
             ended.timeline.close()
 
 
-_status = 0  # which mpi4py was told to end all ranks with, when this one ends
-
-
-def _watch_status(MPI: Any) -> None:
-    """Hear of the status with which `python -m mpi4py` is to end all ranks, `SystemExit(1)`'s."""
-    tell = getattr(MPI, "_set_abort_status", None)
-    if tell is None or hasattr(tell, "__wrapped__"):
-        return
-
-    def told(status: Any) -> None:
-        global _status
-        _status = status
-        tell(status)
-
-    told.__wrapped__ = tell  # type: ignore[attr-defined]
-    MPI._set_abort_status = told
-
-
 def _at_exit() -> None:
     """Shut down where the script did not: the others must not wait for this rank.
 
@@ -195,7 +177,7 @@ def _at_exit() -> None:
     """
     if abort._guard is not None:
         abort._guard.at_exit()
-    if _session is not None and _session.process == os.getpid() and not _status:
+    if _session is not None and _session.process == os.getpid() and not abort.ends_all():
         shutdown()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from mpidl import abort
 from mpidl.errors import InvalidArgument, RankMismatch
 from tests.ranks.conftest import PLACEMENTS, as_nodes
 
@@ -220,7 +221,7 @@ def test_a_rank_that_ends_by_an_error_waits_for_nobody(
 ) -> None:
     hvd.init()
     assert hasattr(world.MPI._set_abort_status, "__wrapped__")  # it sets what follows
-    monkeypatch.setattr(sessions, "_status", 1)
+    monkeypatch.setattr(abort, "_statuses", [1])
     sessions._at_exit()
     assert hvd.is_initialized()
 

@@ -287,6 +287,16 @@ def test_functions_without_a_name(world: mpidl.World) -> None:
     assert [each(3) for each in factors] == [3 * rank for rank in range(world.size)]
 
 
+def test_tensors_of_a_gpu_that_is_not_here(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They arrive on the CPU; that they come from a GPU is only said, here."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+    mine = {"x": torch.arange(3.0) if world.rank == 0 else None}
+    for found in (hvd.broadcast_object(mine)["x"], hvd.allgather_object(mine)[0]["x"]):
+        assert found.device.type == "cpu" and found.tolist() == [0, 1, 2]
+
+
 def test_timeline(world: mpidl.World, tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     hvd.start_timeline(path)

@@ -31,6 +31,7 @@ _guard: _Guard | None = None
 _process = os.getpid()
 _agreed: int | None = None  # the status with which all ranks are leaving together
 _noted: int | None = None  # that of a run that otherwise ends well
+_statuses: list[int] = []  # of `watch`
 
 
 def install(comm: Any, host: str) -> None:
@@ -83,6 +84,25 @@ def _end_together() -> None:
 
 
 atexit.register(_end_together)
+
+
+def watch(MPI: Any) -> None:
+    """Hear of `raise SystemExit(n)`, which mpi4py's runner tells to MPI alone, from now on."""
+    tell = getattr(MPI, "_set_abort_status", None)
+    if tell is None or hasattr(tell, "__wrapped__"):
+        return
+
+    def told(status: int) -> None:
+        _statuses.append(status)
+        tell(status)
+
+    told.__wrapped__ = tell  # type: ignore[attr-defined]
+    MPI._set_abort_status = told
+
+
+def ends_all() -> bool:
+    """Return whether this process ends by an error that `watch` heard of, and ends all others."""
+    return bool(_statuses)
 
 
 class _Exit(SystemExit):

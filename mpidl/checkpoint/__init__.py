@@ -94,7 +94,7 @@ def restore(state: State, path: str | Path, *, fallback: bool = False) -> Loaded
     world = state.world
     found = world.broadcast(folders.candidates(Path(path).absolute()))
     if not found:
-        world.agree(CheckpointError(f"{path}: no complete checkpoint is there"))
+        world.agree(CheckpointError(f"{path}: no checkpoint is complete there"))
     for number, one in enumerate(found):
         older = found[number + 1 :]
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -121,3 +122,15 @@ def test_a_full_disk(mpi: str, small_disk: Path) -> None:
     assert result.errors.count("a checkpoint was not written") == 1, result
     assert "ENOSPC" in result.errors and str(small_disk / "run") in result.errors
     assert "MPI_ABORT" not in result.errors, result
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    """docs/checkpoints.md: each block twice, as after a requeue."""
+    page = (job.ROOT / "docs/checkpoints.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    result = job.run("openmpi", 2, job.script(tmp_path, "\n".join(blocks * 2)), cwd=tmp_path)
+    assert result.status == 0, result
+    assert result.errors.count("resumed from") == 1
+    assert len(list((tmp_path / "run").glob("step-*"))) in (3, 4)
+    assert len(list((tmp_path / "own").glob("step-*"))) == 3

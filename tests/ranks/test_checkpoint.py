@@ -579,3 +579,23 @@ def test_it_begins_by_itself_where_it_ended(
     assert told(fresh.fit(train, 1, batch_size=BATCH)) == histories[0]
     with pytest.raises(CheckpointError, match="no checkpoint is complete"):
         make_trainer(world, "sharded", checkpoint=shared / "new", resume=True)
+
+
+def test_noise_goes_on_in_a_loop_of_ones_own(
+    world: mpidl.World, own: np.random.Generator, shared: Path
+) -> None:
+    replica = mpidl.DataParallel(make_model(), optim.SGD(0.1), "allreduce", world=world)
+    x, y = own.standard_normal((2, 6, 5)).astype(np.float32), own.integers(0, 3, (2, 6))
+
+    def step(number: int) -> Any:
+        loss = nn.cross_entropy(replica.model(x[number]), y[number])
+        loss.backward()
+        replica.step()
+        return to_numpy(loss.data)
+
+    step(0)
+    path = checkpoint.save(replica, shared)
+    expected = step(1)
+    assert path is not None
+    checkpoint.load(replica, path)
+    assert step(1) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import signal
@@ -47,8 +48,8 @@ def make_model(xp: Any = np, width: int = 9) -> nn.Sequential:
 
 def make_trainer(world: mpidl.World, strategy: str, xp: Any = np, **options: Any) -> mpidl.Trainer:
     rate = schedules.cosine(1e-2, steps=20)
-    options = {"optimizer": optim.Adam(rate), **options}
-    model = make_model(xp)
+    options = {"optimizer": optim.Adam(rate), "model": make_model(xp), **options}
+    model = options.pop("model")
     return mpidl.Trainer(
         model, nn.cross_entropy, strategy=strategy, world=world, quiet=True, **options
     )
@@ -64,7 +65,9 @@ def go_on_from_each(
     """Train, and again from some of the checkpoints: the same in all bits. Returns how many."""
 
     def fit(where: Path, **more: Any) -> tuple[Any, Any, mpidl.Trainer]:
-        trainer = make_trainer(world, *args, checkpoint=where, keep=99, **options, **more)
+        made = {"model": copy.deepcopy(options["model"])} if "model" in options else {}
+        more = {**options, **made, **more}
+        trainer = make_trainer(world, *args, checkpoint=where, keep=99, **more)
         history = trainer.fit(train, EPOCHS, batch_size=BATCH, evaluate=train, seed=2)
         state = trainer.model.state_dict()
         trainer.close()
@@ -104,7 +107,9 @@ def test_what_codecs_keep(
 ) -> None:
     if xp is not np:
         pytest.skip("codecs work in host memory")
-    options: Any = {"codec": codec, "overlap": False}
+    nn.seed(6)
+    model = nn.Sequential(nn.Linear(5, 48), nn.Tanh(), nn.Linear(48, 40), nn.Linear(40, 3))
+    options: Any = {"codec": codec, "overlap": False, "model": model}
     train = make_data(rng, 38, "float32")
     go_on_from_each(world.apart(), train, shared, "hierarchical", **options)
 
@@ -524,10 +529,10 @@ def test_other_ranks_go_on_in_the_middle_of_an_epoch(
     whole = fit(world, shared, checkpoint_every=4)
     path = world.broadcast(shared / "step-00000004")
     mine = shared / f"alone{world.rank}"
-    alone = fit(world.alone(), mine, resume=path)
+    alone = fit(world.alone(), mine, resume=path, checkpoint_every=4)
     assert [e.loss for e in alone] == pytest.approx([e.loss for e in whole], rel=1e-12)
     world.barrier()
-    back = fit(world, shared / "back", resume=world.broadcast(mine / "step-00000006"))
+    back = fit(world, shared / "back", resume=world.broadcast(mine / "step-00000010"))
     assert [e.loss for e in back] == pytest.approx([e.loss for e in whole], rel=1e-12)
 
 

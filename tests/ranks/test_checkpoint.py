@@ -20,10 +20,12 @@ from mpidl.array import to_numpy
 from mpidl.checkpoint import disk, folder, reader
 from mpidl.errors import CheckpointError, InvalidArgument
 from mpidl.optim import schedules
-from tests.ranks.conftest import STRATEGIES, as_nodes
+from tests.conftest import ALL
+from tests.ranks.conftest import MPICH, STRATEGIES, as_nodes
 from tests.ranks.test_parallel import DEVICE_OF, make_data
 
 EPOCHS, BATCH = 2, 7
+pytestmark = pytest.mark.skipif(MPICH and not ALL, reason="nothing here depends on the MPI")
 
 
 @pytest.fixture

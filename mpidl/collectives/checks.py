@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl.collectives.request import COMPARED, UNEQUAL
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
+from mpidl.marks import some
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from mpidl.collectives.request import Description, Item
 
@@ -64,13 +65,6 @@ def _differ(
             f"{what}: {some(joined)} {'has' if len(joined) == 1 else 'have'} joined",
         )
     return None
-
-
-def some(ranks: Iterable[int]) -> str:
-    """Return "rank 3", "ranks 0, 2"; no more than the first eight."""
-    listed = sorted(ranks)
-    text = ", ".join(map(str, listed[:8])) + (", ..." if len(listed) > 8 else "")
-    return f"rank{'s' * (len(listed) != 1)} {text}"
 
 
 def _by_rank(told: Mapping[int, Any]) -> str:

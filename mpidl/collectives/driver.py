@@ -16,9 +16,10 @@ import numpy as np
 from mpidl import config
 from mpidl.collectives.coordinator import IDS, REMOVE, Answer, Coordinator
 from mpidl.collectives.execute import Executor, Plan, Task, absent, tasks_of
-from mpidl.collectives.link import ANSWER, BATCH, Link, pack, unpack
+from mpidl.collectives.messages import ANSWER, BATCH, pack, unpack
 from mpidl.collectives.stall import Stall
 from mpidl.collectives.timer import Timer, pause
+from mpidl.link import Link
 from mpidl.world import NAP_SECONDS
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mpidl.collectives import Request
 from mpidl.collectives.checks import some
 from mpidl.collectives.coordinator import IDS, Answer, Coordinator
 from mpidl.collectives.halves import Halves, shares
-from mpidl.collectives.link import pack, unpack
+from mpidl.collectives.messages import pack, unpack
 from mpidl.collectives.request import Item, describe
 from mpidl.collectives.stall import Stall
 from mpidl.collectives.sums import scale

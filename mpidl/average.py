@@ -104,7 +104,8 @@ def mean(
     if total == 0:
         world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
     if world.size > 1:
-        _sum(arrays, weight / total, world)
+        with world.mark.enter("average of {} arrays", (len(arrays),)):
+            _sum(arrays, weight / total, world)
 
 
 def _collect(value: Arrays, name: str, leaves: dict[str, Memory]) -> None:

@@ -140,10 +140,10 @@ class Halt:
                 told = [f"is elsewhere, after {state.calls} calls", *state.stack]
             groups.setdefault(tuple(told), []).append(rank)
         lines = []
-        for (told, *more), ranks in list(groups.items())[:STACKS]:
+        for (what, *more), ranks in list(groups.items())[:STACKS]:
             where = ", ".join(f"{places[rank]}" for rank in ranks[:2])
             dots = ", ..." * (len(ranks) > 2)
-            lines.append(f"  {some(ranks)} {where}{dots}: {told}")
+            lines.append(f"  {some(ranks)} {where}{dots}: {what}")
             lines += [f"    {line}" for line in more]
         if len(groups) > STACKS:
             lines.append(f"  and {len(groups) - STACKS} more kinds of ranks")

@@ -9,10 +9,10 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidl.errors import RankMismatch
+from mpidl.errors import MpidlError, RankMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from types import FrameType
 
 PACKAGE = str(Path(__file__).parent)
@@ -42,8 +42,10 @@ class Mark:
         with _lock:
             _all.add(self)
 
-    def enter(self, call: str, *about: Any) -> Mark:
+    def enter(self, call: str, about: tuple[Any, ...] = ()) -> Mark:
         """Note the beginning of a call: a format string, and what goes into it. Collective.
+
+        For use in a `with`; or, which is quicker, with `leave` in a `finally`.
 
         With `checks`, raises RankMismatch on every rank where the ranks make different calls.
         """
@@ -57,6 +59,17 @@ class Mark:
                 raise
         return self
 
+    def note(self, call: str) -> Mark:
+        """Note the beginning of a wait that is not collective."""
+        self.doing.append((call, ()))
+        return self
+
+    def at(self, call: str, about: tuple[Any, ...] = ()) -> None:
+        """Say anew what the innermost call is doing: it goes on, if slowly."""
+        self.progress += 1
+        if self.doing:
+            self.doing[-1] = call, about
+
     def leave(self) -> None:
         """Note its end."""
         self.doing.pop()
@@ -64,7 +77,7 @@ class Mark:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.doing.pop()
 
     def told(self) -> str:
@@ -78,15 +91,8 @@ class Mark:
         found = self.comm.allgather((self.told(), site(sys._getframe())))
         if len({told for told, _ in found}) == 1:
             return
-        ranks: dict[tuple[str, str], list[int]] = {}
-        for rank, call in enumerate(found):
-            ranks.setdefault(call, []).append(rank)
-        failure = RankMismatch(
-            "the ranks make different calls: "
-            + "; ".join(f"{some(who)}: {told} at {at}" for (told, at), who in ranks.items())
-        )
-        failure.collective = True
-        raise failure
+        calls = by_rank({rank: f"{told} at {at}" for rank, (told, at) in enumerate(found)})
+        raise shared(RankMismatch(f"the ranks make different calls: {calls}"))
 
 
 def everywhere() -> list[Mark]:
@@ -100,6 +106,20 @@ def some(ranks: Iterable[int]) -> str:
     listed = sorted(ranks)
     text = ", ".join(map(str, listed[:8])) + (", ..." if len(listed) > 8 else "")
     return f"rank{'s' * (len(listed) != 1)} {text}"
+
+
+def by_rank(values: Mapping[int, Any]) -> str:
+    """Return "ranks 0, 2: this; rank 1: that"."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(value, []).append(rank)
+    return "; ".join(f"{some(who)}: {value}" for value, who in ranks.items())
+
+
+def shared(error: MpidlError) -> MpidlError:
+    """Note that every rank raises this."""
+    error.collective = True
+    return error
 
 
 def site(frame: FrameType | None) -> str:

@@ -203,19 +203,25 @@ class DataParallel:
             averaged, irregular = self._overlap.finish(weight)
             problem = problem or irregular
         world = self.world if self._local is None else self._local.world
+        begin = world.mark.note if self._asynchronous else world.mark.enter
         if self._asynchronous:
             if problem is not None:
                 raise problem
             total = weight or 1.0
         else:
-            total, problems = map(float, world.sum([weight, problem is not None]))
+            calls = world.mark.calls & 0xFFFFF  # as in `average.mean`
+            sums = world.sum([weight, problem is not None, calls, calls * calls])
+            total, problems = map(float, sums[:2])
+            if sums[2] ** 2 != world.size * sums[3]:
+                world.tell_calls()
             if problems:
                 world.agree(problem)
             if total == 0 and self._local is None:
                 world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         try:
             if total:
-                self.update.make(weight / total, self.steps, averaged=averaged)
+                with begin("step"):
+                    self.update.make(weight / total, self.steps, averaged=averaged)
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1

@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from mpidl import marks
 from mpidl.errors import MpidlError
@@ -41,9 +41,10 @@ _watchdog: Watchdog | None = None
 
 
 def start(world: World, seconds: float, action: str) -> None:
-    """Watch this rank from now on; rank 0's `seconds` and `action` count. Collective.
+    """Watch this rank from now on; rank 0's arguments count. Collective.
 
     Args:
+        world: all ranks, for their own thread of computing.
         seconds: how long a call may wait before it is told; 0: for ever.
         action: "abort" or "warn": whether to end the job.
     """
@@ -72,6 +73,9 @@ class Watchdog(threading.Thread):
         self.answer_seconds = min(ANSWER_SECONDS, max(1.0, self.limit))
         self._seen: dict[Mark, tuple[tuple[int, int], float]] = {}  # calls and progress, since when
         self._stopping = threading.Event()
+        # MPI_Finalize deletes the attributes of MPI_COMM_SELF first (MPI-4.1, section 11.2.4)
+        self._key = self.MPI.Comm.Create_keyval(delete_fn=lambda *_: self.leave())
+        self.MPI.COMM_SELF.Set_attr(self._key, self)
         self._collector = 0  # the rank to tell
         self._told_at: float | None = None  # when it was told, until it has answered
         self._due = self.limit  # seconds of waiting, when to tell it the next time
@@ -94,10 +98,8 @@ class Watchdog(threading.Thread):
                     self._seen.clear()
                 last = now
                 self._look(now)
-        except Exception as error:  # MPI has failed or ended; whoever uses it will tell
-            if os.environ.get("MPIDL_WATCHDOG_DEBUG"):
-                raise
-            del error
+        except Exception:  # MPI has failed, as where a rank has died; whoever uses it will tell
+            return
 
     def _look(self, now: float) -> None:
         waits = self._waits(now)
@@ -113,10 +115,10 @@ class Watchdog(threading.Thread):
         elif longest >= self._due:
             self._due = longest + self.limit
             self._tell(now)
-        if self._deadline is not None:
-            if len(self._states) == self.size - 1 or now > self._deadline:
-                self._deadline = None
-                self._conclude(now)
+        complete = len(self._states) == self.size - 1
+        if self._deadline is not None and (complete or now > self._deadline):
+            self._deadline = None
+            self._conclude(now)
         if self.link is not None:
             self.link.settle()
 

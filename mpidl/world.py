@@ -16,10 +16,11 @@ import numpy as np
 
 from mpidl import abort, array, config, mpi, watchdog
 from mpidl.errors import MpidlError, RankMismatch
-from mpidl.marks import Mark, some
+from mpidl.marks import Mark, by_rank, shared, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import NoReturn
 
     import numpy.typing as npt
 
@@ -168,8 +169,20 @@ class World:
             failure: MpidlError = kind(message)
         except TypeError:  # a user's class, which takes other arguments
             failure = RankMismatch(message)
-        failure.collective = True
-        raise failure from (problem if isinstance(problem, MpidlError) else None)
+        raise shared(failure) from (problem if isinstance(problem, MpidlError) else None)
+
+    def tell_calls(self) -> NoReturn:
+        """Raise RankMismatch on every rank: they have made different numbers of calls. Collective.
+
+        For ranks that have met in one call all the same, and found that out.
+        """
+        counts = by_rank(dict(enumerate(self.comm.allgather(self.mark.calls))))
+        raise shared(
+            RankMismatch(
+                f"the ranks have made different numbers of collective calls: {counts}; "
+                "MPIDL_CHECK=collectives tells at which they part"
+            )
+        )
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -209,7 +222,7 @@ class World:
 
     def broadcast(self, value: T, root: int = 0) -> T:
         """Return rank `root`'s object on every rank (pickled on the way). Collective."""
-        with self.mark.enter("broadcast from rank {}", root):
+        with self.mark.enter("broadcast from rank {}", (root,)):
             found: T = self.comm.bcast(value, root)
         return found
 
@@ -222,8 +235,11 @@ class World:
     def sum(self, values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the sum over ranks of `values` (k,), as float64, on every rank. Collective."""
         total = np.array(values, np.float64)
-        with self.mark.enter("sum of {} numbers", total.size):
+        self.mark.enter("sum of {} numbers", (total.size,))
+        try:
             self.comm.Allreduce(self.MPI.IN_PLACE, total)
+        finally:
+            self.mark.leave()
         return total
 
 
@@ -241,18 +257,20 @@ def init(
 ) -> World:
     """Start MPI, if it is not running, and return the world. Collective at the first call.
 
-    Works without a launcher too: then the world has one rank. With `abort_on_error`, a rank
-    that ends by an exception or by `sys.exit(n)` with n != 0 ends the whole job. (Where scripts
-    `raise SystemExit(n)` themselves, start them with `mpidl run` or `python -m mpi4py`.)
+    Works without a launcher too: then the world has one rank.
 
     Args:
+        abort_on_error: a rank that ends by an exception or by `sys.exit(n)` with n != 0 ends the
+            whole job. (Where scripts `raise SystemExit(n)` themselves, start them with `mpidl run`
+            or `python -m mpi4py`, or it takes as long as `stall`.)
         stall: what becomes of a job in which ranks wait for others for MPIDL_STALL_SECONDS (60),
             besides a report of who waits for whom: "abort" ends it, if nothing changes, with status
             76; "warn" lets it go on. By default MPIDL_STALL, or else "abort". At the first call.
         check: "collectives" compares what the ranks call, before each collective, and raises
             RankMismatch on every rank where it differs. Costs time. By default MPIDL_CHECK.
 
-    Raises InvalidArgument for other values, MPINotFound, and LauncherMismatch where ranks started by one MPI load another.
+    Raises InvalidArgument for other values, MPINotFound, and LauncherMismatch where ranks started
+    by one MPI load another.
     """
     global _world
     stall, check = config.stall(stall), config.check(check)

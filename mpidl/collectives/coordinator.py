@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from mpidl.collectives.checks import Found, compare, some
+from mpidl.collectives.checks import Found, compare
 from mpidl.errors import InvalidArgument, RankMismatch
+from mpidl.marks import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

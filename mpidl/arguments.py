@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from mpidl.world import World
 
 
-def check_options(accumulate: Any, local_steps: Any, overlap: Any, bucket_bytes: Any) -> None:
+def check_options(
+    accumulate: Any, local_steps: Any, overlap: Any, bucket_bytes: Any, audit_every: Any
+) -> None:
     """Raise InvalidArgument where one of them cannot be. Not collective."""
+    if audit_every != int(audit_every) or audit_every < 0:
+        raise InvalidArgument(f"{audit_every=}: expected a whole number; 0 for never")
     for name, number in (("accumulate", accumulate), ("local_steps", local_steps)):
         if number != int(number) or number < 1:
             raise InvalidArgument(f"{name}={number}: expected a whole number from 1 on")

@@ -12,6 +12,7 @@ from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.asynchronous import AsynchronousUpdate
+from mpidl.audit import Audit
 from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.local_steps import LocalSteps
 from mpidl.optim.clip import Clip
@@ -72,6 +73,9 @@ class DataParallel:
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
             `overlap` as many at once as let the last be averaged the soonest, found out in the
             steps that follow.
+        audit_every: in every so many updates, see whether all ranks have the same parameters, bit
+            by bit, and finite ones; 0 for never. With `local_steps` after they were averaged. Not
+            with an asynchronous strategy. `audit.look` does it at once.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class DataParallel:
         codec: codecs.Spec = None,
         overlap: bool | str = "auto",
         bucket_bytes: int | str = "auto",
+        audit_every: int = 1000,
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
@@ -100,11 +105,11 @@ class DataParallel:
         check_parameters(model, self.world)
         with self.world.together():
             clip = Clip(clip_value, clip_norm)
-            check_options(accumulate, local_steps, overlap, bucket_bytes)
+            check_options(accumulate, local_steps, overlap, bucket_bytes, audit_every)
             self._asynchronous = getattr(strategy, "asynchronous", False)
             optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         for option in (
-            f"{bucket_bytes=}, {overlap=}, {local_steps=}",
+            f"{bucket_bytes=}, {overlap=}, {local_steps=}, {audit_every=}",
             f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",
             f"optimizer={optimizer!r}",
         ):
@@ -130,6 +135,7 @@ class DataParallel:
         self.buckets = bucket.allocate(arrays, self.strategy, at_once, group_of)
         self._accumulation = Accumulation(self.buckets) if accumulate > 1 else None
         self._placement = Placement(model, self.world, self.strategy, self.buckets)
+        self.audit = Audit(self.world, self.strategy, self.buckets, self._frozen, audit_every)
         self._local = (
             None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
         )
@@ -194,6 +200,9 @@ class DataParallel:
 
     def _apply(self, weight: float, problem: MpidlError | None) -> None:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
+        # Here nobody writes to parameters: all have read them in backward, and none has gone on.
+        if self.audit.every and not self._asynchronous and not (self._local and self._local.due):
+            self.audit.count(self.steps)
         with nullcontext() if self._local is None else self._local.counted(self.buckets):
             self._average_and_update(weight, problem)
 

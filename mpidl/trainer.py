@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from mpidl import codecs, data, nn, progress
 from mpidl.array import is_device
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, NonFinite
 from mpidl.nn.predict import evaluating
 from mpidl.parallel import DataParallel
 from mpidl.world import World, current
@@ -75,6 +76,7 @@ class Trainer:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         accumulate: int = 1,
+        audit_every: int = 1000,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
@@ -100,6 +102,7 @@ class Trainer:
             clip_norm=clip_norm,
             clip_value=clip_value,
             accumulate=accumulate,
+            audit_every=audit_every,
         )
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
@@ -123,7 +126,8 @@ class Trainer:
         the noise of layers (dropout) depend on (seed, epoch, step) and the place in the batch.
         Returns one `Epoch` each. `evaluate` is measured after every epoch. A second call goes on
         where the first ended. Raises on every rank InvalidArgument for epochs below 0 or a batch
-        size that is missing, RankMismatch where the ranks differ in what they pass, and what
+        size that is missing, RankMismatch where the ranks differ in what they pass, NonFinite at
+        the end of an epoch whose loss, or a parameter, is NaN or infinity, and what
         `data.batches` and `DataParallel.step` raise.
         """
         with self.world.together():
@@ -207,6 +211,7 @@ class Trainer:
     def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
         total: Any = 0.0  # on a GPU it stays there: no step waits for it
+        spoiled: int | None = None  # the first step whose loss was not finite, where that is known
         left = len(batches.dataset)
         self.model.train()
         joins = any(module.sync for module in self.model.modules())
@@ -220,6 +225,8 @@ class Trainer:
                 loss.backward()
             if len(x):
                 total = total + loss.data.reshape(()).astype(np.float64) * len(x)
+                if spoiled is None and self.device == "cpu" and not math.isfinite(total):
+                    spoiled = step
             self.replica.step(weight=len(x))
             shown.step(whole)
             left -= whole
@@ -228,7 +235,17 @@ class Trainer:
         self.replica.average_buffers()
         loss_sum = float(total)
         seconds = max(self.world.gather(time.perf_counter() - start))
-        return float(self.world.sum([loss_sum])[0]) / len(batches.dataset), seconds
+        loss_sum_of_all = float(self.world.sum([loss_sum])[0])
+        if not math.isfinite(loss_sum_of_all):
+            self._tell_loss(loss_sum, spoiled, batches)
+        return loss_sum_of_all / len(batches.dataset), seconds
+
+    def _tell_loss(self, loss_sum: float, step: int | None, batches: data.Batches) -> None:
+        """Raise NonFinite on every rank, with the parameter if one is no number. Collective."""
+        self.replica.audit.look(self.replica.steps)
+        since = "" if step is None else f", from step {step} of {len(batches)} on"
+        problem = NonFinite(f"epoch {batches.epoch + 1}: the loss is {loss_sum}{since}")
+        self.world.agree(None if math.isfinite(loss_sum) else problem)
 
     def close(self) -> None:
         """Give back what the strategy took. The model stays usable. Not collective."""

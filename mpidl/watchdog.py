@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from mpidl import marks
 from mpidl.errors import MpidlError
@@ -76,6 +76,8 @@ class Watchdog(threading.Thread):
         # MPI_Finalize deletes the attributes of MPI_COMM_SELF first (MPI-4.1, section 11.2.4)
         self._key = self.MPI.Comm.Create_keyval(delete_fn=lambda *_: self.leave())
         self.MPI.COMM_SELF.Set_attr(self._key, self)
+        self.failed = False  # whether MPI ends this job, after Python's own end
+        self._watch_status()
         self._collector = 0  # the rank to tell
         self._told_at: float | None = None  # when it was told, until it has answered
         self._due = self.limit  # seconds of waiting, when to tell it the next time
@@ -85,6 +87,17 @@ class Watchdog(threading.Thread):
         self._report_due = 0.0  # seconds of waiting, when to repeat it
         if self.limit:
             self.start()
+
+    def _watch_status(self) -> None:
+        """Take notice where `python -m mpi4py` has seen a script end badly."""
+        told: Any = getattr(self.MPI, "_set_abort_status", None)
+
+        def set_abort_status(status: int) -> None:
+            self.failed = True
+            told(status)
+
+        if told is not None:
+            self.MPI._set_abort_status = set_abort_status
 
     def run(self) -> None:
         """Look, until it is stopped."""
@@ -235,8 +248,10 @@ class Watchdog(threading.Thread):
 
         Here, and not in MPI_Finalize, where nobody could be asked any more.
         """
-        if os.getpid() != self.process or self.MPI.Is_finalized():  # a child's, say
-            self._stopping.set()
+        if os.getpid() != self.process:  # a child's end
+            return
+        if self.failed or self.ended or self.MPI.Is_finalized():
+            self.stop()
             return
         self.ended = True
         if self.mark.checks:
@@ -251,7 +266,7 @@ class Watchdog(threading.Thread):
     def stop(self) -> None:
         """Watch no more. Not collective."""
         self._stopping.set()
-        if self.is_alive():
+        if self.is_alive() and self is not threading.current_thread():
             self.join()
 
 

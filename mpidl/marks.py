@@ -59,9 +59,9 @@ class Mark:
                 raise
         return self
 
-    def note(self, call: str) -> Mark:
+    def note(self, call: str, about: tuple[Any, ...] = ()) -> Mark:
         """Note the beginning of a wait that is not collective."""
-        self.doing.append((call, ()))
+        self.doing.append((call, about))
         return self
 
     def at(self, call: str, about: tuple[Any, ...] = ()) -> None:

@@ -13,7 +13,7 @@ from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.asynchronous import AsynchronousUpdate
 from mpidl.audit import Audit
-from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient
+from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient, RankMismatch
 from mpidl.local_steps import LocalSteps
 from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign
@@ -213,24 +213,32 @@ class DataParallel:
             problem = problem or irregular
         world = self.world if self._local is None else self._local.world
         begin = world.mark.note if self._asynchronous else world.mark.enter
+        with begin("step {}", (self.steps,)):
+            self._update(world, weight, problem, averaged=averaged)
+
+    def _update(
+        self, world: World, weight: float, problem: MpidlError | None, *, averaged: bool
+    ) -> None:
         if self._asynchronous:
             if problem is not None:
                 raise problem
             total = weight or 1.0
         else:
-            calls = world.mark.calls & 0xFFFFF  # as in `average.mean`
+            calls = world.mark.calls & 0xFFFF  # compared as in `average.mean`
             sums = world.sum([weight, problem is not None, calls, calls * calls])
             total, problems = map(float, sums[:2])
-            if sums[2] ** 2 != world.size * sums[3]:
-                world.tell_calls()
+            if int(sums[2]) ** 2 != world.size * int(sums[3]):
+                raise RankMismatch(  # by this rank alone: where the others are nobody knows
+                    f"step {self.steps}: a rank has made more collective calls than others, or "
+                    "fewer: MPIDL_CHECK=collectives tells where they part"
+                )
             if problems:
                 world.agree(problem)
             if total == 0 and self._local is None:
                 world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         try:
             if total:
-                with begin("step"):
-                    self.update.make(weight / total, self.steps, averaged=averaged)
+                self.update.make(weight / total, self.steps, averaged=averaged)
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1

@@ -16,11 +16,10 @@ import numpy as np
 
 from mpidl import abort, array, config, mpi, watchdog
 from mpidl.errors import MpidlError, RankMismatch
-from mpidl.marks import Mark, by_rank, shared, some
+from mpidl.marks import Mark, shared, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import NoReturn
 
     import numpy.typing as npt
 
@@ -170,19 +169,6 @@ class World:
         except TypeError:  # a user's class, which takes other arguments
             failure = RankMismatch(message)
         raise shared(failure) from (problem if isinstance(problem, MpidlError) else None)
-
-    def tell_calls(self) -> NoReturn:
-        """Raise RankMismatch on every rank: they have made different numbers of calls. Collective.
-
-        For ranks that have met in one call all the same, and found that out.
-        """
-        counts = by_rank(dict(enumerate(self.comm.allgather(self.mark.calls))))
-        raise shared(
-            RankMismatch(
-                f"the ranks have made different numbers of collective calls: {counts}; "
-                "MPIDL_CHECK=collectives tells at which they part"
-            )
-        )
 
     @contextmanager
     def together(self) -> Iterator[None]:

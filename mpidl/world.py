@@ -259,7 +259,7 @@ def init(
     by one MPI load another.
     """
     global _world
-    stall, check = config.stall(stall), config.check(check)
+    stall, checks = config.stall(stall), config.check(check)
     seconds = config.stall_seconds()
     if _world is None:
         MPI = mpi.load()
@@ -270,7 +270,9 @@ def init(
         _world = World.of(MPI, MPI.COMM_WORLD)
         array.bind_device(_world.local_rank)
         watchdog.start(_world, seconds, stall)
-    _world.mark.checks = check == "collectives"
+        check = checks
+    if check is not None:
+        _world.mark.checks = check == "collectives"
     if abort_on_error:
         abort.install(_world.comm, _world.MPI.Get_processor_name())
     else:

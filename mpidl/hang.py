@@ -55,11 +55,13 @@ class Halt:
         states: of each rank that has answered.
         silent: what else is known of each that has not, or nothing: "stopped", "gone".
         limit: in seconds.
+        asked: whether the others could be asked at all.
     """
 
     states: Mapping[int, State]
     silent: Mapping[int, str]
     limit: float
+    asked: bool = True
 
     @property
     def waiting(self) -> dict[int, Wait]:
@@ -132,7 +134,7 @@ class Halt:
         for rank in sorted(self.awaited):
             if rank in self.silent:
                 reason = self.silent[rank]
-                told = [f"does not answer: {reason}" if reason else SILENT]
+                told = [f"does not answer: {reason or UNKNOWN}" if self.asked else UNASKED]
             elif self.states[rank].ended:
                 told = ["has come to the end of its script"]
             else:
@@ -150,4 +152,5 @@ class Halt:
         return lines
 
 
-SILENT = "does not answer: its host is gone, or code that is no Python's holds the interpreter"
+UNKNOWN = "its host is gone, or code that is no Python's holds the interpreter"
+UNASKED = "cannot be asked, without MPI_THREAD_MULTIPLE"

@@ -174,7 +174,7 @@ class Watchdog(threading.Thread):
         """Print a report, where it is time, and end the job."""
         states = {**self._states, self.rank: self.state(now)}
         silent = {r: self._looks(r) for r in range(self.size) if r not in states}
-        halt = Halt(states, silent, self.limit)
+        halt = Halt(states, silent, self.limit, asked=self.link is not None)
         if halt.seconds < self.limit or halt.debugged:
             return
         over = self.ends and halt.seconds >= halt.patience

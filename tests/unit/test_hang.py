@@ -41,6 +41,8 @@ def test_the_report_tells_who_waits_where_and_for_whom() -> None:
         "  the job is ended after 600 s; MPIDL_STALL_SECONDS and MPIDL_STALL=warn change that\n"
     )
     assert halt.report(PLACES, ends=False).endswith("it goes on, as MPIDL_STALL=warn asks\n")
+    unasked = Halt({0: waits()}, {1: ""}, LIMIT, asked=False).report(PLACES, ends=True)
+    assert "  rank 1 on a (process 12): cannot be asked, without MPI_THREAD_MULTIPLE\n" in unasked
 
 
 def test_ranks_of_one_stack_are_told_together() -> None:

@@ -32,7 +32,7 @@ def terminal_width() -> int | None:
 
 
 def stall_seconds() -> float:
-    """MPIDL_STALL_SECONDS: how long an operation may wait for ranks untold; 0: for ever."""
+    """MPIDL_STALL_SECONDS: how long a call may wait for other ranks untold; 0: for ever."""
     value = os.environ.get("MPIDL_STALL_SECONDS", "60")
     try:
         seconds = float(value)
@@ -41,6 +41,16 @@ def stall_seconds() -> float:
     if not 0 <= seconds < math.inf:
         raise InvalidArgument(f"MPIDL_STALL_SECONDS={value!r}: expected seconds, 0 or more")
     return seconds
+
+
+def stall(asked: str | None = None) -> str:
+    """MPIDL_STALL, or what was `asked`: whether to end a job that has come to a halt."""
+    return _choice("MPIDL_STALL", "abort", ("abort", "warn"), asked)
+
+
+def check(asked: str | None = None) -> str:
+    """MPIDL_CHECK, or what was `asked`: what to compare between ranks, for debugging."""
+    return _choice("MPIDL_CHECK", "nothing", ("nothing", "collectives"), asked)
 
 
 def launched_size() -> tuple[str, int] | None:
@@ -79,8 +89,8 @@ def setting(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _choice(name: str, default: str, valid: tuple[str, ...]) -> str:
-    value = os.environ.get(name, default)
+def _choice(name: str, default: str, valid: tuple[str, ...], asked: str | None = None) -> str:
+    value = os.environ.get(name, default) if asked is None else asked
     if value not in valid:
         raise InvalidArgument(f"{name}={value!r}: expected one of {', '.join(valid)}")
     return value

@@ -12,6 +12,7 @@ from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device, namespace, to_numpy
 from mpidl.asynchronous import AsynchronousUpdate
+from mpidl.autograd.pending import defer
 from mpidl.errors import MissingBackward, MpidlError, NonFiniteGradient
 from mpidl.local_steps import LocalSteps
 from mpidl.optim.clip import Clip
@@ -216,15 +217,26 @@ class DataParallel:
         try:
             if total:
                 self.update.make(weight / total, self.steps, averaged=averaged)
+                if averaged:
+                    self._publish()
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1
+
+    def _publish(self) -> None:
+        """Let parameters come while the next forward begins: who reads one waits. Collective."""
+        assert self._overlap is not None
+        for flat, arrive in zip(self.buckets, self._overlap.publish(), strict=True):
+            for name in flat.places:
+                defer(self.parameters[name], arrive)
 
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks: their mean, after `local_steps`. Collective.
 
         They are already, without that option. For the end of an epoch, say.
         """
+        if self._overlap is not None:
+            self._overlap.synchronize()
         self.update.synchronize()
         if self._local is not None and self._local.due:
             self._local.average(self.buckets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpidl.array import is_device, namespace, to_numpy
+from mpidl.autograd.pending import settle
 from mpidl.errors import InvalidArgument
 from mpidl.staging import Staging
 
@@ -98,6 +99,7 @@ class Placement:
     def release(self) -> None:
         """Move the parameters to memory that is this rank's alone."""
         for parameter in self._trained.values():
+            settle(parameter)
             parameter.drop_grad()
             parameter.data = parameter.data.copy()
         self._places.clear()

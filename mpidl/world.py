@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SPIN_SECONDS = 1e-4
-NAP_SECONDS = 1e-4
+NAP_SECONDS, LONG_NAP_SECONDS = 1e-4, 5e-4
 
 _world: World | None = None
 
@@ -114,17 +114,21 @@ class World:
     def wait(self, requests: list[Any]) -> None:
         """Complete `requests`, in place; the core is free for others where it may take long.
 
-        MPI's own waiting keeps a core busy, which may be another rank's, or that of this process's
-        own computation. So between nodes, and in a thread, this polls, and sleeps where nothing
-        has come for SPIN_SECONDS: messages of a fast network are not kept waiting.
+        MPI's own waiting keeps a core busy, which may be another rank's. So between nodes this
+        polls, and sleeps where nothing has come for SPIN_SECONDS: messages of a fast network are
+        not kept waiting. In a thread beside one that computes it sleeps at once, and longer each
+        time.
         """
         if self.nodes == 1 and not self.beside:
             self.MPI.Request.Waitall(requests)
             return
         done = self.MPI.Request.Testall
-        start = time.perf_counter()
+        start, nap = time.perf_counter(), NAP_SECONDS
         while not done(requests):
-            if time.perf_counter() - start > SPIN_SECONDS:
+            if self.beside:
+                time.sleep(nap)
+                nap = min(2 * nap, LONG_NAP_SECONDS)
+            elif time.perf_counter() - start > SPIN_SECONDS:
                 time.sleep(NAP_SECONDS)
             else:  # time.sleep(0) may take 70 us
                 os.sched_yield()
@@ -139,6 +143,13 @@ class World:
             self.local.Allgather(self.MPI.IN_PLACE, values)
         else:
             self.wait([self.local.Iallgather(self.MPI.IN_PLACE, values)])
+
+    def barrier_on_node(self) -> None:
+        """Wait for all ranks of this node. Collective. Leaves the core to others, as above."""
+        if self.nodes == 1 and not self.beside:
+            self.local.Barrier()
+        elif self.local_size > 1:
+            self.wait([self.local.Ibarrier()])
 
     def agree(self, problem: MpidlError | str | None) -> None:
         """Raise on every rank if any rank passes a problem. Collective.

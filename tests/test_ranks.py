@@ -17,7 +17,7 @@ EVERYTHING = {("openmpi", 1), ("openmpi", 2), ("mpich", 2)}
 SOME = {
     ("openmpi", 3): (
         *(*CORE, "adasum", "asynchronous", "batch_norm", "codecs_training", "collectives"),
-        *("exchange", "local_steps", "overlap", "scaling", "shared", "trainer"),
+        *("exchange", "local_steps", "overlap", "publishing", "scaling", "shared", "trainer"),
     ),
     ("openmpi", 4): (*CORE, "adasum", "exchange"),
     ("mpich", 1): CORE,

@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import mmap
 import weakref
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
-from mpidl import codecs, exchange, shared
+from mpidl import codecs, exchange, scatter_gather, shared
 from mpidl.array import ALIGNMENT_BYTES, UPDATE_BLOCK_BYTES, blocks
 from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import Exchange, Lane, Source
 from mpidl.lowrank import LowRank
+from mpidl.scatter_gather import Addends, Piece, ScatterGather
 from mpidl.strategies.base import private
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -58,14 +61,17 @@ class Hierarchical:
 
     def __init__(self, world: World, codec: codecs.Spec = None) -> None:
         self.world, self.codec = world, codecs.make(codec)
-        self.exchange = (
-            LowRank(world, self.codec)
-            if isinstance(self.codec, PowerSGD)
-            else Exchange(world, self.codec)
-        )
+        self.exchange: LowRank | Exchange | ScatterGather
+        if self.codec is None:
+            self.exchange = ScatterGather(world)
+        elif isinstance(self.codec, PowerSGD):
+            self.exchange = LowRank(world, self.codec)
+        else:
+            self.exchange = Exchange(world, self.codec)
         self._weights = np.empty(world.local_size)
         self._scratch: dict[np.dtype[Any], Array] = {}  # two blocks of each dtype
         self._known: dict[int, _Known] = {}  # by id of the gradient
+        self._pieces_of: dict[tuple[int, int], list[Piece]] = {}  # arrays of a size and itemsize
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return the node's parameter array and this rank's gradient (size,). Collective.
@@ -92,11 +98,11 @@ class Hierarchical:
             )
         if grad.dtype not in self._scratch:
             self._scratch[grad.dtype] = np.empty((2, UPDATE_BLOCK_BYTES // grad.itemsize), dtype)
-        owned, lanes, state = self.owned(size), [], {}
-        if self.world.nodes > 1:
+        lanes, state = [], {}
+        if self.world.nodes > 1 and not isinstance(self.exchange, ScatterGather):
             lanes = list(exchange.lanes(size, self.world, _part))
-            state = self.exchange.state(owned, lanes, grad.dtype, layout)
-        self._known[id(grad)] = _Known(owned, grads, lanes, state, layout)
+            state = self.exchange.state(self.owned(size), lanes, grad.dtype, layout)
+        self._known[id(grad)] = _Known(grads, lanes, state, layout)
         weakref.finalize(grad, self._known.pop, id(grad)).atexit = False
         return param, grad
 
@@ -108,7 +114,14 @@ class Hierarchical:
 
     def owned(self, size: int) -> slice:
         """Return this rank's part: no two ranks of a node write to one cache line."""
+        if self._scatters:
+            return scatter_gather.owned(size, self.world, _part)
         return _part(size, self.world.local_rank, self.world.local_size)
+
+    @property
+    def _scatters(self) -> bool:
+        """Whether an element has one owner, and not one on each node."""
+        return self.world.nodes > 1 and isinstance(self.exchange, ScatterGather)
 
     def state(self, grad: Array) -> dict[str, Array]:
         """Return what the codec keeps from step to step for the owned part of `grad` (n,)."""
@@ -124,38 +137,43 @@ class Hierarchical:
         self._weights[self.world.local_rank] = weight
         self.world.gather_on_node(self._weights)
         weights: list[float] = self._weights.tolist()
-        sources = []
-        for grad in grads:
-            known = self._find(grad)
-            sums = self._sums(known, grad.dtype, weights)
-            sources.append(Source(grad, known.owned, sums, known.lanes, known.state, known.layout))
-        if self.world.nodes > 1:
+        known = [self._find(grad) for grad in grads]
+        sums = [
+            partial(_sum, one.grads, weights, self._scratch[grad.dtype])
+            for one, grad in zip(known, grads, strict=True)
+        ]
+        if self.world.nodes == 1:
+            for i, grad in enumerate(grads):
+                for part, mean in self._summed(grad, sums[i]):
+                    yield i, part, mean
+        elif isinstance(self.exchange, ScatterGather):
+            addends = [
+                Addends(grad, partial(_add_up, grad, k.grads, weights, total), self._pieces(grad))
+                for grad, k, total in zip(grads, known, sums, strict=True)
+            ]
+            yield from self.exchange.reduce(addends)
+        else:
+            sources = [
+                Source(g, self.owned(g.size), self._summed(g, total), k.lanes, k.state, k.layout)
+                for g, k, total in zip(grads, known, sums, strict=True)
+            ]
             yield from self.exchange.average(sources)
-            return
-        for number, source in enumerate(sources):
-            for part, mean in source.sums:
-                yield number, part, mean
 
-    def _sums(self, known: _Known, dtype: Any, weights: list[float]) -> Averages:
-        """Add up the owned slice of the weighted gradients on this node.
-
-        Equal weights, the usual case, are applied to the sum: one pass less.
-        """
-        owned, peers = known.owned, known.grads
-        even, scratch = min(weights) == max(weights), self._scratch[dtype]
-        for block in blocks(peers[0][owned], UPDATE_BLOCK_BYTES):
+    def _summed(self, grad: Array, total: Callable[[slice], Array]) -> Averages:
+        """Yield the sum over this node of the owned part of `grad` (n,), block by block."""
+        owned = self.owned(grad.size)
+        for block in blocks(grad[owned], UPDATE_BLOCK_BYTES):
             part = slice(owned.start + block.start, owned.start + block.stop)
-            total, addend = scratch[:, : part.stop - part.start]
-            if even:
-                so_far = peers[0][part]
-                for peer in peers[1:]:
-                    so_far = np.add(so_far, peer[part], out=total)
-                np.multiply(so_far, weights[0], out=total)
-            else:
-                np.multiply(peers[0][part], weights[0], out=total)
-                for peer, w in zip(peers[1:], weights[1:], strict=True):
-                    total += np.multiply(peer[part], w, out=addend)
-            yield part, total
+            yield part, total(part)
+
+    def _pieces(self, array: Array) -> list[Piece]:
+        """Return what this rank sends and receives of an array (n,), if there are owners."""
+        if not self._scatters:
+            return []
+        key = array.size, array.itemsize
+        if key not in self._pieces_of:
+            self._pieces_of[key] = scatter_gather.pieces(*key, self.world, _part)
+        return self._pieces_of[key]
 
     def keep(self, grad: Array, part: slice, mean: Array) -> None:
         """Write it into the gradients of all ranks of the node, while it is in cache.
@@ -166,8 +184,15 @@ class Hierarchical:
             peer[part] = mean
 
     def complete(self, grad: Array) -> None:
-        """Wait until all ranks of the node have kept what they own. Collective."""
-        self.world.local.Barrier()
+        """Wait until all ranks of the node have kept what they own. Collective.
+
+        Between nodes, the owners send it first.
+        """
+        deque(self._gather(grad), maxlen=0)
+        for piece in self._pieces(grad) if self.world.local_size > 1 else ():
+            for peer in self._find(grad).grads if piece.owner != self.world.node else ():
+                peer[piece.part] = grad[piece.part]
+        self.world.barrier_on_node()
 
     def average(self, grad: Array, weight: float) -> Array:
         """Return all of the weighted mean (n,), on every rank. Collective.
@@ -178,16 +203,33 @@ class Hierarchical:
         mean = self._find(grad).grads[0]
         for part, piece in self.reduce(grad, weight):
             mean[part] = piece
-        self.world.local.Barrier()
+        deque(self._gather(mean), maxlen=0)
+        self.world.barrier_on_node()
         return mean
 
     def share(self, param: Array) -> None:
-        """Wait until all peers have updated their slices, and need our gradient no more."""
-        self.world.local.Barrier()
+        """Wait until all peers have updated their slices, and need our gradient no more.
+
+        Between nodes, the owners send theirs.
+        """
+        deque(self.publish([param]), maxlen=0)
+
+    def publish(self, params: Sequence[Array]) -> Iterator[int]:
+        """Share several, with messages of all of them on their way at once. Collective."""
+        for i in self._gather(*params):
+            self.world.barrier_on_node()
+            yield i
+
+    def _gather(self, *arrays: Array) -> Iterator[int]:
+        """Send and receive what other nodes own of each array; yield its number then."""
+        if not isinstance(self.exchange, ScatterGather) or not self._scatters:
+            return iter(range(len(arrays)))
+        return self.exchange.gather(arrays, [self._pieces(array) for array in arrays])
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Add up what the ranks of a node own: node 0's, for the same bits on all. Collective."""
-        return self.world.sum(values if self.world.node == 0 else [0.0] * len(values))
+        """Add up what the owners have: node 0's where all nodes own the same. Collective."""
+        counts = self._scatters or self.world.node == 0
+        return self.world.sum(values if counts else [0.0] * len(values))
 
     def close(self) -> None:
         """Nothing: the memory goes when the arrays in it go."""
@@ -203,11 +245,42 @@ class Hierarchical:
 class _Known:
     """What there is to know of an array."""
 
-    owned: slice  #: this rank's part
     grads: list[Array]  #: of all ranks of the node
     lanes: list[Lane]  #: of the owned part, in order; none on one node, or if that part is empty
     state: dict[str, Array]  #: the codec's
     layout: Layout
+
+
+def _sum(peers: Sequence[Array], weights: Sequence[float], scratch: Array, part: slice) -> Array:
+    """Return the weighted sum of the peers' gradients in a `part`, up to a block, in `scratch`.
+
+    Equal weights, the usual case, are applied to the sum: one pass less.
+    """
+    total, addend = scratch[:, : part.stop - part.start]
+    if min(weights) == max(weights):
+        so_far = peers[0][part]
+        for peer in peers[1:]:
+            so_far = np.add(so_far, peer[part], out=total)
+        np.multiply(so_far, weights[0], out=total)
+    else:
+        np.multiply(peers[0][part], weights[0], out=total)
+        for peer, w in zip(peers[1:], weights[1:], strict=True):
+            total += np.multiply(peer[part], w, out=addend)
+    return total
+
+
+def _add_up(
+    grad: Array,
+    peers: Sequence[Array],
+    weights: Sequence[float],
+    total: Callable[[slice], Array],
+    part: slice,
+) -> None:
+    """Write the weighted `total` of the peers' gradients into a `part` of `grad`."""
+    if len(peers) == 1:
+        grad[part] *= weights[0]
+    else:
+        grad[part] = total(part)
 
 
 def _part(size: int, rank: int, ranks: int) -> slice:

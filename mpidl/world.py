@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SPIN_SECONDS = 1e-4
-NAP_SECONDS, LONG_NAP_SECONDS = 1e-4, 5e-4
+NAP_SECONDS = 1e-4
 
 _world: World | None = None
 
@@ -114,21 +114,17 @@ class World:
     def wait(self, requests: list[Any]) -> None:
         """Complete `requests`, in place; the core is free for others where it may take long.
 
-        MPI's own waiting keeps a core busy, which may be another rank's. So between nodes this
-        polls, and sleeps where nothing has come for SPIN_SECONDS: messages of a fast network are
-        not kept waiting. In a thread beside one that computes it sleeps at once, and longer each
-        time.
+        MPI's own waiting keeps a core busy, which may be another rank's, or that of this process's
+        own computation. So between nodes, and in a thread, this polls, and sleeps where nothing
+        has come for SPIN_SECONDS: messages of a fast network are not kept waiting.
         """
         if self.nodes == 1 and not self.beside:
             self.MPI.Request.Waitall(requests)
             return
         done = self.MPI.Request.Testall
-        start, nap = time.perf_counter(), NAP_SECONDS
+        start = time.perf_counter()
         while not done(requests):
-            if self.beside:
-                time.sleep(nap)
-                nap = min(2 * nap, LONG_NAP_SECONDS)
-            elif time.perf_counter() - start > SPIN_SECONDS:
+            if time.perf_counter() - start > SPIN_SECONDS:
                 time.sleep(NAP_SECONDS)
             else:  # time.sleep(0) may take 70 us
                 os.sched_yield()

@@ -66,6 +66,8 @@ class DataParallel:
         overlap: average each bucket while backward goes on to make the others, in a thread; the
             results are the same. Some steps are watched first: in each, every parameter's gradient
             must come in one backward, for the rows counted. "auto": where there are several nodes.
+            Updated parameters then travel while the next forward begins: who reads the `data` of
+            one waits until it has come. An array that was taken from it before does not wait.
             Gradients are then nobody else's from backward to `step`: change none of them, and read
             none. Not with `accumulate`, `check_finite`, a strategy given as an instance or on a
             GPU, nor where MPI's threads are limited (MPI_THREAD_MULTIPLE). True: also on one node,

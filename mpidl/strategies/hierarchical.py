@@ -49,9 +49,13 @@ class Hierarchical:
        the owned parameters meanwhile: the mean itself is never written to memory;
     4. `share` waits for all peers to finish 3. Then 1 may begin again.
 
-    Between nodes, each rank exchanges its slice with those that own it there, all ranks of a node
-    at once: see `Exchange`. The sum on the node goes on while blocks are on their way. `codec`
-    makes them shorter; it is not used between ranks of a node, where nothing travels.
+    Between nodes, each node owns a part, and each of its ranks a slice of that: the sums of a node
+    go to the ranks that own them, and `share` brings back what these have updated, all ranks of a
+    node at once: see `ScatterGather`. Of the optimizer's state, too, each node has a part.
+
+    With a `codec` all nodes own everything: each rank exchanges its slice of sums with those that
+    own it elsewhere, and means come back, encoded both times: see `Exchange`. A codec is not used
+    between ranks of a node, where nothing travels.
 
     Each element is the sum over ranks in their order, node by node, whoever owns it: same bits in
     every run.

@@ -202,7 +202,7 @@ class Hierarchical:
         """Return all of the weighted mean (n,), on every rank. Collective.
 
         It is the node's one copy, in place of the lowest rank's gradient, where a slice is in cache
-        when it has been added up. To be read, until `share` is called, as must be done.
+        when it has been added up. To be read, until `release` is called, as must be done.
         """
         mean = self._find(grad).grads[0]
         for part, piece in self.reduce(grad, weight):
@@ -210,6 +210,10 @@ class Hierarchical:
         deque(self._gather(mean), maxlen=0)
         self.world.barrier_on_node()
         return mean
+
+    def release(self) -> None:
+        """Wait until all ranks of the node need what `average` returned no more. Collective."""
+        self.world.barrier_on_node()
 
     def share(self, param: Array) -> None:
         """Wait until all peers have updated their slices, and need our gradient no more.

@@ -183,14 +183,27 @@ def agreed(ranks: World, *, well: bool) -> bool:
 def shrunk(ranks: World) -> World:
     """Return the world of the ranks that are left. Collective among them.
 
-    It takes the place of `mpidl.init()`'s, and of the communicator that errors end.
+    It takes the place of `mpidl.init()`'s, and of the communicator that errors end. Where another
+    one dies meanwhile, some have made a world and others have not: then all make a smaller one.
     """
+    comm = ranks.comm
     world.revoke(ranks)
-    left = world.World.of(ranks.MPI, ranks.comm.Shrink())
-    world.replace_current(left)
-    abort.end_without_finalizing(left.comm)
-    watchdog.again(left)
-    return left
+    for _ in range(ranks.size):  # not for ever, where it is no death
+        comm, left = comm.Shrink(), None
+        try:
+            left = world.World.of(ranks.MPI, comm)
+            watchdog.again(left)
+        except Exception:  # which need not be MPI's: see `Elastic.check`
+            left = None
+            comm.Revoke()
+            world.revoke(ranks)
+        with suppress(ranks.MPI.Exception):  # on all of them
+            if comm.Agree(int(left is not None)) and left is not None:
+                world.replace_current(left)
+                abort.end_without_finalizing(left.comm)
+                return left
+        comm.Revoke()
+    raise MpidlError("ranks have died, and those that are left come to no world of their own")
 
 
 def _check(trainer: Trainer) -> None:

@@ -111,6 +111,8 @@ class DataParallel:
         #: update; with `local_steps` after an average; asynchronous, this rank's own.
         self.stop_requested = False
         check_parameters(model, self.world)
+        with self.world.together():
+            optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         clip = check_options(
             self.world,
             model,
@@ -123,8 +125,6 @@ class DataParallel:
             overlap=overlap,
             bucket_bytes=bucket_bytes,
         )
-        with self.world.together():
-            optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
         self._asynchronous = getattr(strategy, "asynchronous", False)
         arrays = {name: p.data for name, p in self.parameters.items()}
         size = sum(data.nbytes for data in arrays.values())

@@ -59,7 +59,7 @@ def fail_if(result: job.Result) -> None:
     ("mpi", "placement", "bodies"),
     [
         ("openmpi", "2 + 2", "strategies parallel"),
-        ("openmpi", "1 + 2 + 1", "microbatches strategies parallel"),
+        ("openmpi", "1 + 2 + 1", "strategies parallel"),
         ("openmpi", "round robin", "parallel trainer"),
         ("mpich", "2 + 2", "average batch_norm frozen parallel"),
         pytest.param("mpich", "1 + 2 + 1", "strategies parallel", marks=pytest.mark.soak),

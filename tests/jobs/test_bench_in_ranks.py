@@ -300,8 +300,9 @@ def test_between_nodes(mpi: str, tmp_path: Path) -> None:
         assert row["over_wire"] == pytest.approx(row["median_s"] / wire["median_s"])
     for what in ("average", "reduce"):  # of 4 bytes a number; half of them go there, half come back
         sent = {name: rows[name, what].get("wire_bytes") for name in (*encoded, "ring")}
-        plain = rows["hierarchical", what]["wire_bytes"]
-        assert (plain, sent["hierarchical+bf16"], sent["ring"]) == (nbytes, nbytes // 2, None)
+        plain = rows["hierarchical", what]["wire_bytes"]  # sums alone go to their owners
+        assert plain == pytest.approx(nbytes if what == "average" else nbytes // 2, abs=64)
+        assert (sent["hierarchical+bf16"], sent["ring"]) == (nbytes // 2, None)
         assert nbytes // 4 < sent["hierarchical+int8"] < nbytes // 3
         assert sent["hierarchical+topk"] < nbytes // 20
         assert sent["hierarchical+powersgd"] < nbytes // 4

@@ -197,6 +197,7 @@ python = sys.excepthook
 def hook(*error):
     sys.stdout.write(f"hook of {world.rank}\\n")
     python(*error)
+    world.barrier()  # the first to end ends the others, which must have printed theirs
 sys.excepthook = hook
 world.barrier()
 raise ValueError(LEAF)

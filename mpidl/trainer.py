@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs, data, exact, nn, progress, signals
 from mpidl.array import is_device
+from mpidl.done import Done
 from mpidl.errors import InvalidArgument
 from mpidl.loss_sum import LossSum
 from mpidl.nn.predict import evaluating
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mpidl.autograd import Tensor
     from mpidl.checkpoint.saver import Saver
     from mpidl.data import Dataset
+    from mpidl.elastic import Elastic
     from mpidl.optim.groups import Groups
     from mpidl.run_folder import RunFolder
     from mpidl.strategies import Strategy
@@ -70,6 +73,8 @@ class Trainer:
         out: folder for `config.json` and `metrics.jsonl`, written by rank 0, whose word counts.
         settings: what else `config.json` is to hold.
         quiet: show no progress.
+        elastic: go on when ranks are killed, with those that are left; see `mpidl.elastic`. `world`
+            and `replica` are then others.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Trainer:
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
+        elastic: bool = False,
     ) -> None:
         self.world = world or current()
         self.model, self.loss = model, loss
@@ -107,31 +113,42 @@ class Trainer:
         with self.world.together():
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
-        self.replica = DataParallel(
-            model,
-            optimizer,
-            strategy,
-            world=self.world,
-            local_steps=local_steps,
-            codec=codec,
-            overlap=overlap,
-            bucket_bytes=bucket_bytes,
-            check_finite=check_finite,
-            clip_norm=clip_norm,
-            clip_value=clip_value,
-            accumulate=accumulate,
-            microbatches=microbatches,
-        )
+        self.options: dict[str, Any] = {
+            "strategy": strategy,
+            "local_steps": local_steps,
+            "codec": codec,
+            "overlap": overlap,
+            "bucket_bytes": bucket_bytes,
+            "check_finite": check_finite,
+            "clip_norm": clip_norm,
+            "clip_value": clip_value,
+            "accumulate": accumulate,
+            "microbatches": microbatches,
+        }  #: of `DataParallel`
+        self.optimizer = optimizer
+        self.replicate()
         self.microbatches = microbatches
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
         self.epochs = 0  #: done so far, in all calls of `fit`
         self._folder: RunFolder | None = None
-        self._saver: Saver | None = None
+        self.done = Done()
+        self.saver: Saver | None = None
+        self.memory: Saver | None = None  #: of snapshots, with `elastic`
+        self.begins = False  #: whether `memory` has none of this `fit`
         if checkpoint is not None:
-            from mpidl.checkpoint.saver import Saver
+            from mpidl.checkpoint.saver import Saver  # its imports are slow, and few runs need them
 
-            self._saver = Saver(self, checkpoint, checkpoint_every, keep, best, resume)
+            self.saver = Saver(self, checkpoint, checkpoint_every, keep, best, resume)
+        self._elastic: Elastic | None = None
+        if elastic:
+            from mpidl.elastic import Elastic
+
+            self._elastic = Elastic(self)
+
+    def replicate(self) -> None:
+        """Make the replica, for the world as it is now. Collective."""
+        self.replica = DataParallel(self.model, self.optimizer, world=self.world, **self.options)
 
     def fit(
         self,
@@ -164,6 +181,21 @@ class Trainer:
             if (batch_size is None) != isinstance(train, data.Loader):
                 raise InvalidArgument(f"{batch_size=}: expected for a data set, not for a Loader")
         self.world.same(f"{epochs=}, evaluate={evaluate is not None}", "fit")
+        if self._elastic is not None:
+            fit = partial(self._fit, train, epochs, batch_size, evaluate, seed, shuffle)
+            return self._elastic.run(train, fit)
+        return self._fit(train, epochs, batch_size, evaluate, seed, shuffle)
+
+    def _fit(
+        self,
+        train: Dataset | data.Loader,
+        epochs: int,
+        batch_size: int | Callable[[int], int] | None,
+        evaluate: Dataset | None,
+        seed: int,
+        shuffle: bool,
+    ) -> list[Epoch]:
+        """Do what `fit` is asked for, as far as it is not done. Collective."""
 
         def batches(epoch: int) -> data.Batches:
             if isinstance(train, data.Loader):
@@ -180,11 +212,9 @@ class Trainer:
                 microbatches=self.microbatches,
             )
 
-        history: list[Epoch] = []
-        saver, asked = self._saver, epochs
-        if saver is not None:  # what another run has done is not done again
-            history = [Epoch(**done) for done in saver.take(epochs)]
-            epochs -= len(history)
+        asked = epochs  # what another run has done is not done again
+        history = [Epoch(**done) for done in self.done.take(epochs)]
+        epochs -= len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
         steps = sum(map(len, ahead))
@@ -195,10 +225,10 @@ class Trainer:
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
         with (
             progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown,
-            signals.watching() if saver is not None else nullcontext(),
+            signals.watching() if self.saver is not None else nullcontext(),
         ):
-            if not self.epochs or (saver is not None and saver.resumed):
-                shown.line(self._introduction())
+            if not self.epochs or self.done.told:
+                shown.line(progress.introduction(self.world, self.replica.choice, self.done))
             for this in ahead:
                 loss, seconds = self._train(this, shown)
                 metrics = {} if evaluate is None else self.evaluate(evaluate, this.batch_size)
@@ -212,13 +242,14 @@ class Trainer:
                     samples_per_second=samples / seconds,
                 )
                 history.append(result)
-                shown.line(_line(result, self.epochs - len(history) + asked))
+                shown.line(progress.line(result, self.epochs - len(history) + asked))
                 if folder is not None:
                     folder.write(asdict(result))
-                if saver is not None:
+                self.done.history.append(asdict(result))
+                for saver in self._savers:
                     saver.after_epoch(result)
-            if saver is not None:
-                saver.checkpoints.finish()
+            if self.saver is not None:
+                self.saver.checkpoints.finish()
         return history
 
     def evaluate(self, dataset: Dataset, batch_size: int = 1024) -> dict[str, float]:
@@ -258,11 +289,11 @@ class Trainer:
 
     def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
-        before: list[float] = []
-        spent = 0.0  # seconds, where another run has begun this epoch
-        if self._saver is not None:
-            batches, before, spent = self._saver.begin(batches)
-        losses = LossSum(before)
+        batches, before, spent = self.done.begin(batches)
+        if self.memory is not None and self.begins:
+            self.memory.begin(batches, before, spent)
+            self.begins = False
+        losses = LossSum(before if self.world.rank == 0 else ())
         self.model.train()
         joins = any(module.sync for module in self.model.modules())
         start = time.perf_counter() - spent
@@ -278,8 +309,8 @@ class Trainer:
             if not shard.last:
                 continue
             shown.step(shard.batch_size)
-            if self._saver is not None:
-                self._saver.after_step(batches, shard.step, losses, time.perf_counter() - start)
+            for saver in self._savers:
+                saver.after_step(batches, shard.step, losses, time.perf_counter() - start)
         self.replica.flush()
         self.replica.synchronize()
         self.replica.average_buffers()
@@ -292,23 +323,21 @@ class Trainer:
 
         Collective where checkpoints are written, else not.
         """
-        if self._saver is not None:
-            self._saver.checkpoints.close()
+        for saver in self._savers:
+            saver.checkpoints.close()
+        if self._elastic is not None:
+            self._elastic.close()
         self.replica.close()
 
-    def _introduction(self) -> str:
-        world, choice = self.world, self.replica.choice
-        ranks = f"{world.size} rank{'s' * (world.size > 1)}"
-        nodes = f"{world.nodes} node{'s' * (world.nodes > 1)}"
-        coded = f", codec {choice.codec}" if choice.codec is not None else ""
-        resumed = ""
-        if self._saver is not None and self._saver.resumed:
-            resumed, self._saver.resumed = f"; {self._saver.resumed}", None
-        return f"{ranks} on {nodes}, strategy {choice.name} ({choice.why}){coded}{resumed}"
+    @property
+    def _savers(self) -> list[Saver]:
+        return [saver for saver in (self.memory, self.saver) if saver is not None]
 
     def _open_folder(self, samples: int, **arguments: Any) -> RunFolder | None:
         """Return the run folder, made at the first call, if rank 0 wants one. Collective."""
         out = self.world.broadcast(self.out)
+        if self._folder is not None:
+            self._folder.writes = self.world.rank == 0  # which may be another one by now
         if out is None or self._folder is not None:
             return self._folder
         from mpidl.run_folder import RunFolder  # its imports are slow, and few runs need them
@@ -323,10 +352,3 @@ class Trainer:
         }
         self._folder = RunFolder(out, self.world, {**asked, **self.settings})
         return self._folder
-
-
-def _line(result: Epoch, epochs: int) -> str:
-    metrics = "".join(f", test {name} {value:.4f}" for name, value in result.metrics.items())
-    rate = f"{result.samples_per_second:,.0f} samples/s"
-    number = f"{result.epoch:{len(str(epochs))}} of {epochs}"
-    return f"epoch {number}: loss {result.loss:.4f}{metrics}, {rate}"

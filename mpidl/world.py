@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -28,6 +29,7 @@ SPIN_SECONDS = 1e-4
 NAP_SECONDS = 1e-4
 
 _world: World | None = None
+_communicators: list[weakref.ref[Any]] = []  # of all worlds
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class World:
         """Clone `comm` and find out who shares a node with whom. Collective."""
         comm = comm.Clone()
         local = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+        _communicators[:] = [ref for ref in _communicators if ref() is not None]
+        _communicators.extend(map(weakref.ref, (comm, local)))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}
         for rank, leader in enumerate(leaders):
@@ -217,6 +221,25 @@ class World:
 
 def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def revoke(world: World) -> None:
+    """End all calls in which ranks wait for others, here and there, by an error. Not collective.
+
+    Of all worlds, for a rank that waits in one of them does not come to the others. For MPIs that
+    go on when a rank dies (ULFM, MPI_Comm_revoke).
+    """
+    for comm in [ref() for ref in _communicators]:
+        if comm is not None and comm != world.MPI.COMM_NULL and not comm.Is_revoked():
+            comm.Revoke()
+
+
+def replace_current(world: World) -> None:
+    """Let `current` return another world, and errors end it, after ranks of the first have died."""
+    global _world
+    if _world is not None:
+        _world = world
+        abort.replace(world.comm)
 
 
 def current() -> World:

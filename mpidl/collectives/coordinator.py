@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from mpidl.collectives.checks import Found, compare, some
+from mpidl.collectives.ids import IDS, Ids
 from mpidl.errors import InvalidArgument, RankMismatch
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from mpidl.collectives.request import Item, Key
 
-IDS = 1 << 14  # beyond, names stay without an id
 ADD, REMOVE = "add_process_set", "remove_process_set"  # kinds of its own
 
 
@@ -30,6 +30,7 @@ class Extras:
     errors: list[tuple[dict[int, list[Key]], Found]] = field(default_factory=list)
     joined: int | None = None  #: the last rank to join, once all have
     closed: bool = False
+    retired: list[int] = field(default_factory=list)  #: ids to forget, and then to say so
 
 
 @dataclass
@@ -54,10 +55,10 @@ class _Pending:
 class Coordinator:
     """Counts who has submitted what. It knows nothing of MPI, and never waits.
 
-    An operation that was agreed on gets an id, if its name was used before: a name that never
-    comes again is not to fill memory. From then on ranks submit it by that id, and a batch of ids
-    is counted at once, as an array. What is submitted without an id, or not as before, is compared
-    first: a `_Pending`. A name has one id that counts, its owner.
+    An operation that was agreed on gets an id, if its name was used before: see `Ids`. From then
+    on ranks submit it by that id, and a batch of ids is counted at once, as an array. What is
+    submitted without an id, or not as before, or by an id that is retired, is compared first: a
+    `_Pending`. A name has one id that counts, its owner.
     """
 
     def __init__(self, size: int) -> None:
@@ -65,10 +66,9 @@ class Coordinator:
         self.joined: list[int] = []  #: ranks, in their order
         self._size = size
         self._closed, self._removed = set[int](), set[int]()  # ranks, process sets
-        self._items: list[dict[int, Item]] = []  # by id: what each rank submitted
+        self._items: list[dict[int, Item]] = [{}] * IDS  # by id: what each rank submitted
         self._owner: dict[Key, int] = {}
-        self._of_names: dict[tuple[Key, ...], int] = {}
-        self._once: dict[tuple[Key, ...], None] = {}  # used once so far; the oldest are forgotten
+        self._ids = Ids(size)
         self._counts, self._needed, self._set_of = (np.zeros(IDS, np.int32) for _ in range(3))
         self._seen = np.zeros((IDS, size), bool)  # by id and rank
         self._slow = np.zeros(IDS, bool)  # ids that do not count alone: see `_pending`
@@ -100,6 +100,8 @@ class Coordinator:
             if done.size:
                 self._counts[done] = 0
                 self._seen[done] = False
+                if self._ids.scarce:
+                    self._ids.use(done)
                 self._ready.append(done)
         for item in items:
             self._take(rank, item)
@@ -114,6 +116,11 @@ class Coordinator:
     def close(self, rank: int) -> None:
         """Note that `rank` submits nothing more."""
         self._closed.add(rank)
+
+    def forget(self, rank: int) -> None:
+        """Note that `rank` has forgotten the ids that were retired."""
+        for i in self._ids.forget(rank):
+            self._items[i] = {}
 
     def waiting(self) -> Iterator[tuple[tuple[Key, ...], str, list[int], list[int]]]:
         """Yield the names and kind of all that has begun, who has submitted it, and who not."""
@@ -145,9 +152,12 @@ class Coordinator:
             self.joined.clear()
         if self._closed:
             self._give_up("the engine was closed there before", self._closed)
-        if len(self._closed) == self._size:
+        if len(self._closed) == self._size and not self._ids.unaware:
             self._extras.closed = True
             self._closed.clear()
+        if self._ids.wanted:
+            self._retire()
+        self._ids.round += 1
         if not self._ready and self._extras == Extras():
             return {}
         ids = np.concatenate([np.empty(0, np.int32), *self._ready])
@@ -175,6 +185,7 @@ class Coordinator:
                     [(keys, error) for keys, error in extras.errors if rank in keys],
                     extras.joined,
                     extras.closed,
+                    extras.retired,
                 )
             if part.ids.size or part.extras not in (None, Extras()):
                 found[rank] = part
@@ -224,19 +235,11 @@ class Coordinator:
             return
         self._end(pending)
         names = one.keys
-        i = self._of_names.get(names, len(self._items) if names in self._once else IDS)
-        if joined or i >= IDS:
+        i = self._ids.without(names) if joined else self._ids.of(names)
+        if i >= IDS:
             i = IDS + len(self._extras.definitions)  # for this once
-            self._once[names] = None
-            if len(self._once) > IDS:
-                del self._once[next(iter(self._once))]
-        elif i == len(self._items):
-            self._items.append(items)
-            self._of_names[names] = i
-            del self._once[names]
         else:
             self._items[i] = items
-        if i < IDS:
             before = {self._owner[key] for key in names if key in self._owner} - {i}
             self._owner.update(dict.fromkeys(names, i))
             self._needed[i], self._set_of[i] = len(members), one.process_set
@@ -244,6 +247,16 @@ class Coordinator:
             self._slow[list(before)] = True
         self._extras.definitions.append((i, one))
         self._ready.append(np.array([i], np.int32))
+
+    def _retire(self) -> None:
+        """Let ids of names that come no more count no more, and all ranks forget them."""
+        retired = self._ids.retire(self._counts == 0)
+        for i in retired:
+            for key in next(iter(self._items[i].values())).keys:
+                if self._owner.get(key) == i:
+                    del self._owner[key]
+        self._slow[retired] = True
+        self._extras.retired = retired
 
     def _fail(self, pending: _Pending, error: Found) -> None:
         """End what is pending with an error, on all ranks that have submitted it."""

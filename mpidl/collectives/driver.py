@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from mpidl import config
-from mpidl.collectives.coordinator import IDS, REMOVE, Answer, Coordinator
+from mpidl.collectives.coordinator import REMOVE, Answer, Coordinator
 from mpidl.collectives.execute import Executor, Plan, Task, absent, tasks_of
+from mpidl.collectives.ids import IDS
+from mpidl.collectives.known import FORGOT, Known
 from mpidl.collectives.link import ANSWER, BATCH, Link, pack, unpack
 from mpidl.collectives.stall import Stall
 from mpidl.collectives.timer import Timer, pause
@@ -54,8 +56,7 @@ class Driver:
         self.in_flight: dict[Key, Handle] = {}
         self.ids: deque[int] = deque()  #: submitted, and not sent yet
         self.items: deque[Item | str] = deque()  #: the same; sent after the ids
-        self.known: dict[Any, tuple[int, Any]] = {}  #: id and signature, by key, or keys of a group
-        self.offered: dict[tuple[Key, ...], Any] = {}  #: signatures of `items`
+        self.known = Known(self.in_flight)
         self.failure: BaseException | None = None
         self.quiet = False  #: whether the thread must be woken
         self._link = Link(self.world)
@@ -159,6 +160,8 @@ class Driver:
     def _advance(self) -> bool:
         if self.failure is not None:
             return False
+        if self.known.retired is not None and self.known.forgot():
+            self.items.append(FORGOT)
         moved = bool(self.ids or self.items)
         items = _drained(self.items)
         ids = _drained(self.ids)  # after: JOIN or CLOSE must not overtake what came before them
@@ -192,6 +195,8 @@ class Driver:
             coordinator.join(rank)
         if CLOSE[1] in told:
             coordinator.close(rank)
+        if FORGOT in told:
+            coordinator.forget(rank)
 
     def _answer(self, coordinator: Coordinator) -> None:
         answers = coordinator.answers()
@@ -222,28 +227,29 @@ class Driver:
             if extras is not None:
                 for d in plan.descriptions:
                     if d.kind == REMOVE:
-                        self._remove(d.root)
+                        self.executor.remove(d.root)
+                        self.known.remove(d.root)
         if extras is None:
             return
+        if extras.retired:
+            self._retire(extras.retired)
         if extras.joined is not None:
             self._joined = False
             self._finish(JOIN, extras.joined)
         if extras.closed:
             self._finish(CLOSE, None)
 
-    def _remove(self, process_set: int) -> None:
-        """Free a process set, and forget ids of operations in it."""
-        self.executor.remove(process_set)
-        for key in list(self.known):
-            if process_set == (key[0] if isinstance(key[1], str) else key[0][0]):
-                del self.known[key]
+    def _retire(self, ids: list[int]) -> None:
+        """Submit nothing more by these ids."""
+        gone = set(ids)
+        self.known.retire(gone, [task.key for i in ids for task in self._tasks.pop(i, ())])
+        for plan in [plan for plan in self._plans if np.isin(np.frombuffer(plan, "i4"), ids).any()]:
+            del self._plans[plan]
 
     def _learn(self, extras: Extras) -> None:
         """Take in what ids stand for, and what was wrong."""
         for i, item in extras.definitions:
-            offered = self.offered.pop(item.keys, None)
-            if i < IDS and offered is not None:
-                self.known[item.keys if len(item.keys) > 1 else item.keys[0]] = (i, offered)
+            self.known.learn(i, item)
             if i < IDS and i in self._tasks:  # plans keep no others
                 self._plans.clear()
             self._tasks[i] = tasks_of(item)
@@ -251,8 +257,7 @@ class Driver:
             error: MpidlError = kind(text)
             error.collective = True
             mine = keys.get(self.world.rank, [])
-            for other in [other for other in self.offered if not set(mine).isdisjoint(other)]:
-                del self.offered[other]
+            self.known.refuse(mine)
             for key in mine:
                 handle = self.in_flight.pop(key, None)
                 if handle is not None:

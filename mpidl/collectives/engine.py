@@ -12,7 +12,7 @@ from mpidl.collectives.request import Description, Handle, Item, Request, descri
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpidl.world import World
 
@@ -33,7 +33,7 @@ class Engine:
     def __init__(self, world: World) -> None:
         self.world = world
         self._driver = Driver(world)
-        self._in_flight, self._known = self._driver.in_flight, self._driver.known
+        self._in_flight, self._known = self._driver.in_flight, self._driver.known.ids
         self._ids = self._driver.ids
         self._sets_asked, self._closed = 0, False
 
@@ -47,7 +47,9 @@ class Engine:
             return self.submit_all([request])[0]
         handle = Handle(request)
         key = (request.process_set, request.name)
-        known = self._known.get(key)
+        if self._in_flight.setdefault(key, handle) is not handle:
+            raise self._taken(request)
+        known = self._known.get(key)  # after: see `Known.retire`
         # the usual case: as the last time, which all ranks know by a number
         array: Any = request.array
         if (
@@ -56,10 +58,9 @@ class Engine:
             or known[1] != signature(request)
             or not array.flags.carray
         ):
+            self._in_flight.pop(key, None)  # a driver that has failed forgets them all
             self._submit_new([request], [handle])
             return handle
-        if self._in_flight.setdefault(key, handle) is not handle:
-            raise self._taken(request)
         self._ids.append(known[0])
         if self._driver.quiet:
             self._driver.wake()
@@ -143,6 +144,15 @@ class Engine:
         """Return the ranks of a process set, whose ranks within it are their places here."""
         return self._set(id).ranks
 
+    def observe(self, observer: Callable[[list[Handle], list[float]], None] | None) -> None:
+        """Let `observer` be told of what is executed, before it is done. Not collective.
+
+        It gets the handles of operations that were executed as one, and times (s, those of
+        time.perf_counter): begin and end; where they were packed, also those of the call between.
+        It is called by whichever thread makes progress, and is to wait for nothing.
+        """
+        self._driver.executor.observer = observer
+
     def close(self) -> None:
         """Finish what is in flight, or raise in it what can no more be finished. Collective."""
         if self._closed:
@@ -185,7 +195,7 @@ class Engine:
         else:
             names = tuple(request.name for request in requests)
             if offered is not None:
-                driver.offered[keys] = offered
+                driver.known.offered[keys] = offered
             driver.items.append(Item(process_set, names, descriptions, requests[0].group))
         if driver.quiet:
             driver.wake()

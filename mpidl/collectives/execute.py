@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -67,6 +68,8 @@ class Executor:
         self.world, self._wait = world, wait
         self.sets = {0: ProcessSet(0, tuple(range(world.size)), world)}
         self._sums = Sums()
+        #: Told of each step: its handles, and the times (s) at which its parts began and ended.
+        self.observer: Callable[[list[Handle], list[float]], None] | None = None
         self._packed: dict[np.dtype[Any], Array] = {}
         self._sets_made = 0
 
@@ -107,25 +110,43 @@ class Executor:
                 if step.process_set != last:
                     meet(world, self._wait)
                     last = step.process_set
-                part = handles[step.places]
+                part, observer = handles[step.places], self.observer
+                times = None if observer is None else [time.perf_counter()]
                 if step.packed is None:
                     self._single(world, step.description, part[0])
-                    part[0].done = True
+                    part[0].done = times is None
                 else:
-                    self._together(world, step, step.packed, part)
+                    self._together(world, step, step.packed, part, times)
+                if observer is not None and times is not None:
+                    observer(part, [*times, time.perf_counter()])
+                    for handle in part:
+                        handle.done = True
 
-    def _together(self, world: World, step: Step, packed: Array, handles: list[Handle]) -> None:
+    def _together(
+        self,
+        world: World,
+        step: Step,
+        packed: Array,
+        handles: list[Handle],
+        times: list[float] | None,
+    ) -> None:
+        """Pack, reduce and unpack; `times` gets those between. Handles are done if it is None."""
         arrays: list[Any] = [handle.request.array for handle in handles]
         for view, array in zip(step.views, arrays, strict=True):
             view[...] = array
+        if times is not None:
+            times.append(time.perf_counter())
         if step.description.kind == "broadcast":
             world.comm.Bcast(packed.view(np.uint8), step.description.root)
         else:
             self._sums.allreduce(world, packed, step.description)
+        if times is not None:
+            times.append(time.perf_counter())
+        done = times is None
         for view, array, handle in zip(step.views, arrays, handles, strict=True):
             array[...] = view
             handle.result = array
-            handle.done = True
+            handle.done = done
 
     def _single(self, world: World, d: Description, handle: Handle) -> None:
         array: Any = handle.request.array

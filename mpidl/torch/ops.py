@@ -50,6 +50,7 @@ def allreduce_async_(
     `op` is Average (the default), Sum, Min, Max, Product or Adasum; `average=False` is an old way
     to say Sum. The tensor, of any dtype and shape, is multiplied by `prescale_factor` before and
     by `postscale_factor` after. It must not be touched until `synchronize`, which returns it.
+    Min and Max of numbers of which one is NaN are NaN, as torch.amin says.
 
     Here and below, `synchronize` raises on every rank RankMismatch where the ranks' tensors or
     arguments differ, InvalidArgument where they are wrong everywhere; all that is raised is a
@@ -245,7 +246,10 @@ def join(device: int = -1) -> int:  # noqa: ARG001
     """Say that this rank has no more data, and wait until all have said so. Collective.
 
     Until then it takes part, with zeros, in what the others do: an average still divides by the
-    number of all ranks. Returns the rank that joined last. `device` is there for Horovod's sake.
+    number of all ranks. Of allgather it has no rows. What cannot be done so raises RankMismatch on
+    all the others, with one text: Min, Max and Product, which zeros would spoil, alltoall, a
+    broadcast from here, adding or removing a process set. Returns the rank that joined last.
+    `device` is there for Horovod's sake.
     """
     session = sessions.active()
     with internal():

@@ -199,11 +199,12 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let gradients of this rank add up in here: the next backward outside averages the sum."""
-        gradients, self._gradients.wanted = self._gradients, False
+        gradients, before = self._gradients, self._gradients.wanted
+        gradients.wanted = False
         try:
             yield
         finally:
-            gradients.wanted = True
+            gradients.wanted = before
 
     @contextmanager
     def join(self, update: Callable[[], Any] | None = None) -> Iterator[None]:

@@ -25,8 +25,9 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
     contiguous part of each batch. Parts differ in length by one at most, may be empty (`loader`
     makes batches of no samples then), and there are equally many on every rank.
 
-    `state_dict` tells where in the epoch it is, and `load_state_dict` lets the next iteration go
-    on there, on any number of ranks.
+    `state_dict` tells where in the epoch it is, and `load_state_dict` lets iterations begin there,
+    on any number of ranks, until one has come to the end of the epoch. Otherwise each begins at the
+    first batch.
 
     Args:
         dataset: anything with a length.
@@ -57,26 +58,27 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
                 microbatches=microbatches,
             )
         self.epoch = 0
-        self.done = 0  #: batches of this epoch that were given out
+        self.start = 0  #: batches of this epoch that iterations leave out
+        self.done = 0  #: batches of this epoch that the last iteration has left out, or given out
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self.done % len(self)  # a finished epoch begins again
-        self.done = start
+        self.done = start = self.start
         shards = replace(self._batches, epoch=self.epoch).shards()
         for step, parts in groupby(shards, lambda shard: shard.step):
             if step >= start:
                 self.done = step + 1
                 yield [sample for part in parts for sample in part.samples.tolist()]
+        self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch at its first batch, or the same one anew. Not collective."""
         if epoch < 0:
             raise InvalidArgument(f"{epoch=}: expected 0 or more")
-        self.epoch, self.done = epoch, 0
+        self.epoch, self.start, self.done = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int | bool]:
         """Return what `load_state_dict` takes."""
@@ -97,6 +99,7 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
             if mine[key] != state[key]:
                 raise InvalidArgument(f"Sampler: {key}={mine[key]}, but the state has {state[key]}")
         self.epoch, self.done = state["epoch"], state["done"]
+        self.start = self.done % len(self)  # a finished epoch begins again
 
 
 class Loader:
@@ -111,7 +114,7 @@ class Loader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        self._done = self.sampler.done % len(self)
+        self._done = self.sampler.start
         for batch in self.dataloader:
             self._done += 1  # workers of the loader are ahead of this
             yield batch

@@ -67,11 +67,13 @@ class Session:
     def layer(self, module: Any) -> str:
         """Return a name for a module: the same on all ranks, where they first use it in one order.
 
-        What comes under one name again and again costs less than what is unnamed.
+        What comes under one name again and again costs less than what is unnamed. Errors tell it:
+        the path of the module is in it, if it has one, or its class.
         """
         if module not in self._layers:
             self._layers_named += 1
-            self._layers[module] = f"layer.{self._layers_named}"
+            told = getattr(module, "path", "") or type(module).__name__
+            self._layers[module] = f"layer {self._layers_named}, {told}"
         return self._layers[module]
 
     def gather(self, value: Any, what: str) -> list[Any]:
@@ -129,7 +131,7 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
     if isinstance(process_sets, str) and process_sets != "dynamic":
         raise InvalidArgument(f'{process_sets=}: expected a list of process sets, or "dynamic"')
     world = worlds.init()
-    _watch_status(world.MPI)
+    abort.watch(world.MPI)
     _session = Session(_world_of(world, comm))
     sets.set_up(_session, comm if hasattr(comm, "Get_rank") else None)
     for process_set in (
@@ -158,30 +160,14 @@ def shutdown() -> None:
     global _session
     if _session is None:
         return
-    if _session.timeline is not None:
-        _session.timeline.close()
     ended, _session = _session, None
     sets.tear_down()
-    with internal():
-        ended.engine.close()
-
-
-_status = 0  # which mpi4py was told to end all ranks with, when this one ends
-
-
-def _watch_status(MPI: Any) -> None:
-    """Hear of the status with which `python -m mpi4py` is to end all ranks, `SystemExit(1)`'s."""
-    tell = getattr(MPI, "_set_abort_status", None)
-    if tell is None or hasattr(tell, "__wrapped__"):
-        return
-
-    def told(status: Any) -> None:
-        global _status
-        _status = status
-        tell(status)
-
-    told.__wrapped__ = tell  # type: ignore[attr-defined]
-    MPI._set_abort_status = told
+    try:
+        with internal():
+            ended.engine.close()
+    finally:
+        if ended.timeline is not None:
+            ended.timeline.close()
 
 
 def _at_exit() -> None:
@@ -191,7 +177,7 @@ def _at_exit() -> None:
     """
     if abort._guard is not None:
         abort._guard.at_exit()
-    if _session is not None and _session.process == os.getpid() and not _status:
+    if _session is not None and _session.process == os.getpid() and not abort.ends_all():
         shutdown()
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, RankMismatch
 from mpidl.torch import session as sessions
 from mpidl.torch.arrays import tensor_of
-from mpidl.torch.errors import internal
+from mpidl.torch.errors import as_internal, internal, on_all
 from mpidl.torch.grouped import group_of
 from mpidl.torch.ops import prepare
 from mpidl.torch.process_sets import ProcessSet, global_process_set
@@ -30,7 +30,8 @@ def sparse_allreduce_async(
     """Begin to add up sparse tensors (torch.sparse_coo) of one shape; return a handle.
 
     `op` is Average or Sum. What travels is what the ranks have, not the whole: values and indices
-    are gathered. `synchronize` returns a new sparse tensor, coalesced.
+    are gathered. `synchronize` returns a new sparse tensor, coalesced; it raises RankMismatch on
+    every rank where shapes differ.
     """
     session = sessions.active()
     with internal():
@@ -45,11 +46,21 @@ def sparse_allreduce_async(
         values, first = prepare(session, "allgather", found.values(), name, process_set)
         places = found.indices().t()
         _, second = prepare(session, "allgather", places, f"{first.name}.indices", process_set)
-        first.group = second.group = group_of(first.name, process_set)
-        handles = session.submit_all([first, second])
+        _, third = prepare(
+            session, "allgather", torch.tensor([found.shape]), f"{first.name}.shape", process_set
+        )
+        first.group = second.group = third.group = group_of(first.name, process_set)
+        handles = session.submit_all([first, second, third])
     divisor = process_set.size() if chosen == Average else 1
 
     def finish(parts: list[Any]) -> Tensor:
+        sizes = zip(process_set.ranks or (), handles[2].sizes or (), strict=True)
+        here = [rank for rank, size in sizes if size]  # who has joined has none
+        told = {rank: tuple(shape) for rank, shape in zip(here, parts[2].tolist(), strict=True)}
+        other = next((rank for rank in here if told[rank] != told[here[0]]), None)
+        if other is not None:
+            text = f"rank {here[0]}: {told[here[0]]}; rank {other}: {told[other]}"
+            raise as_internal(on_all(RankMismatch(f"{first.name!r}: shape: {text}")))
         rows = tensor_of(parts[0], values) / divisor
         columns = tensor_of(parts[1], places).t()
         made = torch.sparse_coo_tensor(

@@ -37,12 +37,13 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.path = ""  #: in the model that it was converted with, for errors
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise InvalidArgument(
-                f"{self}: input of shape {tuple(input.shape)}: expected "
-                f"(samples, {self.num_features}, ...)"
+                f"{self.path + ': ' * bool(self.path)}{self}: input of shape "
+                f"{tuple(input.shape)}: expected (samples, {self.num_features}, ...)"
             )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -75,6 +76,10 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
     @classmethod
     def convert_sync_batchnorm(cls, module: Any) -> Any:
         """Return a model with its layers of torch.nn.BatchNorm replaced, parameters kept."""
+        return cls._converted(module, "")
+
+    @classmethod
+    def _converted(cls, module: Any, path: str) -> Any:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             made = cls(
                 module.num_features,
@@ -85,9 +90,10 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
             )
             for name, value in (*module._parameters.items(), *module._buffers.items()):
                 setattr(made, name, value)
+            made.path = path
             return made.train(module.training)
         for name, child in module.named_children():
-            setattr(module, name, cls.convert_sync_batchnorm(child))
+            setattr(module, name, cls._converted(child, f"{path}.{name}" if path else name))
         return module
 
 
@@ -129,7 +135,7 @@ def _moments(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     mean = _sums(x) / max(1, count)
     squares = _sums((x - _along(mean, x)).square_())
     mine = torch.cat([mean.new_tensor([count]), mean, squares])
-    found = synchronize(allgather_async(mine, f"{name}.forward")).view(-1, 1 + 2 * channels)
+    found = synchronize(allgather_async(mine[None], f"{name}.forward"))  # (ranks, 1 + 2 channels)
     counts, means, squares = found[:, :1], found[:, 1 : 1 + channels], found[:, 1 + channels :]
     total = counts.sum()
     mean = (counts * means).sum(0) / total.clamp(min=1)

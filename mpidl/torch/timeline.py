@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from mpidl.collectives import Handle, Request
     from mpidl.torch.session import Session
 
+TENSORS, WAITS = 0, 1  # processes, in the format's terms
+PACK, UNPACK = "MEMCPY_IN_FUSION_BUFFER", "MEMCPY_OUT_FUSION_BUFFER"  # Horovod's names
+
 
 def start_timeline(
     file_path: str | os.PathLike[str],
@@ -25,10 +30,12 @@ def start_timeline(
 ) -> None:
     """Record rank 0's operations in a file of Chrome's trace event format. Not collective.
 
-    Each tensor has a row: from when it was submitted until somebody knew that it was done, and
-    in it the time that was spent waiting for it. On other ranks nothing is recorded, as in
-    Horovod. `mark_cycles` is there for Horovod's sake: there are no cycles. Raises
-    InvalidArgument before `init`, and where a timeline is being recorded.
+    Each tensor has a row, with names as in Horovod: NEGOTIATE_ALLREDUCE, say, from when it was
+    submitted until all ranks had submitted it; then ALLREDUCE, while it was executed, and in that
+    the copies to and from a buffer, if it went with others, and MPI's part. Below, each thread has
+    a row of what it waited for. On other ranks nothing is recorded, as in Horovod. `mark_cycles`
+    is there for Horovod's sake: there are no cycles. Raises InvalidArgument before `init`, and
+    where a timeline is being recorded.
     """
     session = sessions.active()
     if session.timeline is not None:
@@ -45,16 +52,23 @@ def stop_timeline() -> None:
 
 
 class Timeline:
-    """Stands between the operations and the engine, and notes when they meet."""
+    """Stands between the operations and the engine, and notes when they meet.
+
+    The engine's thread tells of what was executed, others of what they submit and wait for.
+    """
 
     def __init__(self, path: Path, session: Session) -> None:
         self._file: TextIO = path.open("w")
         self._file.write("[\n")
         self._separator = ""
-        self._rows: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._rows: dict[tuple[int, str], int] = {}  # by process and name
+        self._ends: dict[int, float] = {}  # of the last operation, by row
         self._start = time.perf_counter()
-        self._submitted: dict[int, tuple[float, Any]] = {}  # by id of the handle
-        self._write("process_name", "M", 0, args={"name": f"rank {session.world.rank}"})
+        self._submitted: dict[int, tuple[float, Request]] = {}  # by id of the request
+        for process, name in ((TENSORS, ""), (WAITS, " waits")):
+            told = {"name": f"rank {session.world.rank}{name}"}
+            self._write("process_name", "M", process, 0, args=told)
         self.follow(session)
 
     def follow(self, session: Session) -> None:
@@ -63,52 +77,84 @@ class Timeline:
         session.timeline = self
         session.submit, session.submit_all = self._submit, self._submit_all
         session.wait = self._wait
+        self._engine.observe(self._executed)
 
     def close(self) -> None:
         """Let the session go on without, and complete the file."""
         session, engine = self._session, self._engine
         session.timeline = None
+        engine.observe(None)
         session.submit, session.submit_all = engine.submit, engine.submit_all
         session.wait = engine.wait
-        for begin, handle in self._submitted.values():
-            self._operation(handle, begin)
-        self._file.write("\n]\n")
-        self._file.close()
+        with self._lock:
+            for begin, request in self._submitted.values():
+                self._negotiated(request, begin, self._now())
+            self._file.write("\n]\n")
+            self._file.close()
 
     def _submit(self, request: Request) -> Handle:
         return self._submit_all([request])[0]
 
     def _submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         now = self._now()
-        handles = self._engine.submit_all(requests)
-        for handle in handles:
-            self._submitted[id(handle)] = now, handle
-        return handles
+        for request in requests:
+            self._submitted[id(request)] = now, request
+        try:
+            return self._engine.submit_all(requests)
+        except BaseException:
+            for request in requests:
+                self._submitted.pop(id(request), None)
+            raise
 
     def _wait(self, handle: Handle) -> Any:
         begin = self._now()
         try:
             return self._engine.wait(handle)
         finally:
-            submitted, _ = self._submitted.pop(id(handle), (begin, handle))
-            self._operation(handle, submitted)
-            self._write("WAIT", "X", self._row(handle.request.name), begin, self._now() - begin)
+            with self._lock:
+                if not self._file.closed:
+                    self._waited(handle, begin, self._now())
 
-    def _operation(self, handle: Handle, begin: float) -> None:
-        request = handle.request
-        args = {"dtype": request.dtype, "op": request.op, "process set": request.process_set}
-        if request.array is not None:
-            args["shape"] = list(request.array.shape)
-        if handle.error is not None:
-            args["error"] = str(handle.error)
-        row = self._row(request.name)
-        self._write(request.kind.upper(), "X", row, begin, self._now() - begin, args)
+    def _waited(self, handle: Handle, begin: float, end: float) -> None:
+        request, error = handle.request, handle.error
+        if error is not None:
+            submitted, _ = self._submitted.pop(id(request), (begin, request))
+            self._negotiated(request, submitted, end, error=str(error))
+        row = self._row(WAITS, threading.current_thread().name)
+        self._write(request.name, "X", WAITS, row, begin, end)
 
-    def _row(self, name: str) -> int:
-        if name not in self._rows:
-            row = self._rows[name] = len(self._rows) + 1
-            self._write("thread_name", "M", row, args={"name": name})
-        return self._rows[name]
+    def _executed(self, handles: Sequence[Handle], seconds: Sequence[float]) -> None:
+        """Note what the engine has executed as one; see `Engine.observe`."""
+        times = [(second - self._start) * 1e6 for second in seconds]
+        with self._lock:
+            if self._file.closed:
+                return
+            for request in [handle.request for handle in handles]:
+                submitted, _ = self._submitted.pop(id(request), (None, None))
+                if submitted is None:  # others did it, while this rank waited in `join`
+                    continue
+                kind = request.kind.upper()
+                row = self._negotiated(request, submitted, times[0])
+                self._write(kind, "X", TENSORS, row, times[0], times[-1], _told(request))
+                names = [f"MPI_{kind}"] if len(times) == 2 else [PACK, f"MPI_{kind}", UNPACK]
+                for name, (begin, end) in zip(names, itertools.pairwise(times), strict=True):
+                    self._write(name, "X", TENSORS, row, begin, end)
+                self._ends[row] = times[-1]
+
+    def _negotiated(self, request: Request, begin: float, end: float, **more: str) -> int:
+        """Note how long the other ranks were waited for, and return the tensor's row."""
+        row = self._row(TENSORS, request.name)
+        begin = max(begin, self._ends.get(row, 0.0))  # the last of that name may have run on
+        told = _told(request) | more
+        self._write(f"NEGOTIATE_{request.kind.upper()}", "X", TENSORS, row, begin, end, told)
+        return row
+
+    def _row(self, process: int, name: str) -> int:
+        key = process, name
+        if key not in self._rows:
+            row = self._rows[key] = len(self._rows) + 1
+            self._write("thread_name", "M", process, row, args={"name": name})
+        return self._rows[key]
 
     def _now(self) -> float:
         """Return microseconds since the start."""
@@ -118,13 +164,24 @@ class Timeline:
         self,
         name: str,
         phase: str,
+        process: int,
         row: int,
         begin: float | None = None,
-        duration: float | None = None,
+        end: float | None = None,
         args: dict[str, Any] | None = None,
     ) -> None:
-        event = {"name": name, "ph": phase, "pid": 0, "tid": row}
-        times = {"ts": begin, "dur": duration, "args": args}
-        event |= {key: value for key, value in times.items() if value is not None}
+        event: dict[str, Any] = {"name": name, "ph": phase, "pid": process, "tid": row}
+        if begin is not None and end is not None:
+            event |= {"ts": begin, "dur": max(0.0, end - begin)}
+        if args is not None:
+            event["args"] = args
         self._file.write(self._separator + json.dumps(event))
         self._separator = ",\n"
+
+
+def _told(request: Request) -> dict[str, Any]:
+    """Return what to tell of an operation."""
+    told = {"dtype": request.dtype, "op": request.op, "process set": request.process_set}
+    if request.array is not None:
+        told["shape"] = list(request.array.shape)
+    return told

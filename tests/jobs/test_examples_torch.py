@@ -1,4 +1,4 @@
-"""examples/torch: each on 1 and 2 ranks; docs/frameworks.md: its code runs on 2 ranks."""
+"""examples/pytorch: each on 1 and 2 ranks; docs/frameworks.md: its code runs on 2 ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import SEED
 
 pytest.importorskip("torch", reason="needs PyTorch: pip install 'mpidl[torch]'")
 
-FOLDER = job.ROOT / "examples/torch"
+FOLDER = job.ROOT / "examples/pytorch"
 PAGE = (job.ROOT / "docs/frameworks.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LINE = "import mpidl.torch as hvd"
@@ -232,7 +232,7 @@ def test_every_example_is_told_of() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", PAGE)
     assert links
     assert [link for link in links if not (job.ROOT / "docs" / link).exists()] == []
-    assert all(f"examples/torch/{file.name}" in PAGE for file in FOLDER.glob("*.py"))
+    assert all(f"examples/pytorch/{file.name}" in PAGE for file in FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("number", blocks("torch"))

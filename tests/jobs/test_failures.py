@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,14 @@ def assert_told_once(result: job.Result, rank: int, ranks: int, tracebacks: int 
     head = f"mpidl: rank {rank} of {ranks} on {platform.node()} failed\n"
     assert result.errors.count(head) == result.errors.count("mpidl: rank") == 1, result
     assert 'script.py", line' in result.errors, result  # where it was raised
+
+
+def test_open_mpi_finds_its_messages_without_its_launcher(tmp_path: Path) -> None:
+    result = job.execute(
+        "openmpi", sys.executable, job.script(tmp_path, START + "raise ValueError(LEAF)")
+    )
+    assert result.status != 0 and LEAF in result.errors, result
+    assert "MPI_ABORT was invoked" in result.errors and "Sorry" not in result.errors, result
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

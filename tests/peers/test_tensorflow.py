@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import mpidl
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-tf = pytest.importorskip("tensorflow", reason="needs TensorFlow: pip install tensorflow")
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
 import mpidl.tensorflow as hvd  # noqa: E402
 

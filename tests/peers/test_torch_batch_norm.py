@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, RankMismatch
 
 if TYPE_CHECKING:
     import mpidl
@@ -118,6 +119,27 @@ def test_a_model_is_converted(world: mpidl.World, rng: np.random.Generator) -> N
     assert isinstance(made[1][0], hvd.SyncBatchNorm) and made[1][0].momentum is None
     assert made[1][0].weight is weight and not made[1][0].training
     assert made.state_dict().keys() == kept.keys()
+
+
+def test_errors_name_the_layer(world: mpidl.World) -> None:
+    def net(features: int) -> Any:
+        inner = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm1d(features))
+        return hvd.SyncBatchNorm.convert_sync_batchnorm(
+            torch.nn.Sequential(collections.OrderedDict(stem=inner, last=torch.nn.ReLU()))
+        )
+
+    with pytest.raises(InvalidArgument, match=r"^stem\.1: SyncBatchNorm\(4, .*\(2, 3\)"):
+        net(4)(torch.ones(2, 3))
+    if world.size == 1:
+        pytest.skip("one rank agrees with itself")
+    features = 4 + (world.rank == world.size - 1)
+    for model, told in (
+        (net(features), r"layer \d+, stem\.1\.forward': allgather: shape"),
+        (hvd.SyncBatchNorm(features), r"layer \d+, SyncBatchNorm\.forward': allgather: shape"),
+    ):
+        with pytest.raises(RankMismatch, match=told) as caught:
+            model(torch.ones(2, features))
+        assert len({*world.gather(str(caught.value))}) == 1
 
 
 def test_wrong_shapes(world: mpidl.World) -> None:

@@ -254,6 +254,20 @@ def test_compression(compression: Any, world: mpidl.World, own: np.random.Genera
 
 
 @pytest.mark.parametrize("op", [hvd.Sum, hvd.Average], ids=repr)
+def test_sparse_tensors_of_other_shapes(op: Any, world: mpidl.World) -> None:
+    """Their indices would be beyond those of the others."""
+    if world.size == 1:
+        pytest.skip("one rank agrees with itself")
+    rows = 6 + (world.rank == world.size - 1)
+    mine = torch.sparse_coo_tensor([[rows - 1]], torch.ones(1, 2), (rows, 2), check_invariants=True)
+    with pytest.raises(RankMismatch, match=r"'sparse': shape: .*\(6, 2\).*\(7, 2\)") as caught:
+        hvd.synchronize(hvd.sparse_allreduce_async(mine, "sparse", op))
+    assert isinstance(caught.value, hvd.HorovodInternalError) and caught.value.collective
+    assert len({*world.gather(str(caught.value))}) == 1
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum, name="sparse").item() == world.size
+
+
+@pytest.mark.parametrize("op", [hvd.Sum, hvd.Average], ids=str)
 def test_sparse(op: Any, world: mpidl.World, own: np.random.Generator) -> None:
     for rows in (0, 4):
         places = torch.from_numpy(own.integers(0, 6, (1, rows)))  # some come twice

@@ -248,8 +248,11 @@ def test_accumulation(world: mpidl.World, rng: Any) -> None:
         for x, y in batches:
             loss_of(plain(torch.from_numpy(x)), torch.from_numpy(y)).backward()
         with parallel.no_sync():
+            with parallel.no_sync():  # one within does not end it
+                pass
             for x, y in batches[:2]:
                 loss_of(parallel(mine(world, x)), mine(world, y)).backward()
+                assert parallel._gradients.pending  # nothing was averaged
         losses = [loss_of(parallel(mine(world, x)), mine(world, y)) for x, y in batches[2:]]
         sum(losses).backward()
         for u in updates:

@@ -112,6 +112,22 @@ def test_loader(workers: int, world: mpidl.World) -> None:
     assert other.state_dict()["done"] == 3
 
 
+def test_a_look_at_a_batch_takes_none_away(world: mpidl.World) -> None:
+    """On one rank alone, say: all ranks still make the same number of steps."""
+    loader = hvd.loader(Squares(9), 2)
+    loader.set_epoch(1)
+    whole = [x.tolist() for x, _ in loader]
+    loader.set_epoch(1)
+    if world.rank == 0:
+        assert next(iter(loader))[0].tolist() == whole[0]
+    assert [x.tolist() for x, _ in loader] == whole
+    state = {**loader.state_dict(), "done": 3}
+    loader.load_state_dict(state)
+    assert next(iter(loader))[0].tolist() == whole[3]
+    assert [x.tolist() for x, _ in loader] == whole[3:]
+    assert [x.tolist() for x, _ in loader] == whole
+
+
 def test_own_collate(world: mpidl.World) -> None:
     def collate(samples: list[Any]) -> Any:
         return {"x": torch.stack([x for x, _ in samples]), "names": ["a"] * len(samples)}

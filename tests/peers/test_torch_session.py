@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from mpidl import abort
 from mpidl.errors import InvalidArgument, RankMismatch
 from tests.ranks.conftest import PLACEMENTS, as_nodes
 
@@ -220,21 +221,93 @@ def test_a_rank_that_ends_by_an_error_waits_for_nobody(
 ) -> None:
     hvd.init()
     assert hasattr(world.MPI._set_abort_status, "__wrapped__")  # it sets what follows
-    monkeypatch.setattr(sessions, "_status", 1)
+    monkeypatch.setattr(abort, "_statuses", [1])
     sessions._at_exit()
     assert hvd.is_initialized()
+
+
+def spans_of(events: list[Any]) -> dict[tuple[str, str], list[Any]]:
+    """Return the spans of each row, whose are one after the other or one in the other."""
+    told: dict[Any, str] = {}
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for e in events:
+        place = (e["pid"], e["tid"]) if e["name"] == "thread_name" else e["pid"]
+        if e["ph"] == "M":
+            assert place not in told
+            told[place] = e["args"]["name"]
+            continue
+        assert e["ph"] == "X" and e["ts"] >= 0 and e["dur"] >= 0
+        row = rows.setdefault((told[e["pid"]], told[e["pid"], e["tid"]]), [])
+        end = e["ts"] + e["dur"]
+        for other in row:
+            after = other["ts"] + other["dur"] <= e["ts"] + 1e-3  # us, of rounding
+            within = other["ts"] <= e["ts"] and end <= other["ts"] + other["dur"] + 1e-3
+            assert after or within, (other, e)
+        row.append(e)
+    return rows
+
+
+def test_operations_before_shutdown_are_completed(initialized: None, world: mpidl.World) -> None:
+    """In an order of each rank's own, waited for by none; those after it raise."""
+    hvd.init()
+    tensors = {f"x{i}": torch.full((3 + 30_000 * (i % 2),), float(i)) for i in range(8)}
+    order = sorted(tensors, reverse=bool(world.rank % 2))
+    handles = [hvd.allreduce_async_(tensors[name], op=hvd.Sum, name=name) for name in order]
+    gathered = hvd.allgather_async(torch.ones(world.rank), name="rows")
+    hvd.shutdown()
+    for i, tensor in enumerate(tensors.values()):
+        assert tensor.eq(i * world.size).all()
+    for late in (lambda: hvd.allreduce(tensors["x0"]), lambda: hvd.synchronize(gathered), hvd.join):
+        with pytest.raises(ValueError, match=r"call mpidl\.torch\.init"):
+            late()
+    hvd.init()
+    for handle in (handles[0], gathered):
+        with pytest.raises(ValueError, match="unknown"):
+            hvd.synchronize(handle)
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum, name="x0").item() == world.size
+
+
+def test_shutdown_ends_what_others_did_not_submit(initialized: None, world: mpidl.World) -> None:
+    hvd.init()
+    mine = torch.ones(2)
+    if world.rank == 0:
+        hvd.allreduce_async_(mine, op=hvd.Sum, name="of rank 0 alone")
+    both = torch.ones(2)
+    hvd.allreduce_async_(both, op=hvd.Sum, name="of all")
+    hvd.shutdown()
+    assert both.tolist() == [world.size] * 2
+    assert mine.tolist() == [1, 1]
+
+
+def test_functions_without_a_name(world: mpidl.World) -> None:
+    pytest.importorskip("cloudpickle", reason="objects that pickle cannot take need cloudpickle")
+    found = hvd.broadcast_object((lambda x: x + 40) if world.rank == 0 else None)
+    assert found(2) == 42
+    factors = hvd.allgather_object(lambda x, factor=world.rank: x * factor)
+    assert [each(3) for each in factors] == [3 * rank for rank in range(world.size)]
+
+
+def test_tensors_of_a_gpu_that_is_not_here(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They arrive on the CPU; that they come from a GPU is only said, here."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+    mine = {"x": torch.arange(3.0) if world.rank == 0 else None}
+    for found in (hvd.broadcast_object(mine)["x"], hvd.allgather_object(mine)[0]["x"]):
+        assert found.device.type == "cpu" and found.tolist() == [0, 1, 2]
 
 
 def test_timeline(world: mpidl.World, tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     hvd.start_timeline(path)
-    hvd.allreduce(torch.ones(4, 2), name="first")
+    for _ in range(3):
+        hvd.allreduce(torch.ones(4, 2), name="first")
     handle = hvd.grouped_allreduce_async([torch.ones(2), torch.ones(3)], name="second")
     if world.size > 1:
         with pytest.raises(RankMismatch):
             hvd.allreduce(torch.ones(world.rank + 1), name="wrong")
     hvd.synchronize(handle)
-    left = hvd.allgather_async(torch.ones(2), name="never waited for")
+    left = hvd.allgather_async(torch.ones(2), name="left")
     hvd.stop_timeline()
     hvd.stop_timeline()  # does nothing
     hvd.synchronize(left)
@@ -242,19 +315,20 @@ def test_timeline(world: mpidl.World, tmp_path: Path) -> None:
     assert path.exists() == (world.rank == 0)
     if world.rank:
         return
-    events = json.loads(path.read_text())
-    rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    spans = [e for e in events if e["ph"] == "X"]
-    assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in spans)
-    named = {(rows[e["tid"]], e["name"]) for e in spans}
-    wanted = {(n, k) for n in ("first", "second.0", "second.1") for k in ("ALLREDUCE", "WAIT")}
-    assert wanted | {("never waited for", "ALLGATHER")} <= named
-    assert not any("after" in row for row in rows.values())
-    found = next(e for e in spans if rows[e["tid"]] == "first" and e["name"] == "ALLREDUCE")
+    rows = spans_of(json.loads(path.read_text()))
+    phases = ["NEGOTIATE_ALLREDUCE", "ALLREDUCE", "MPI_ALLREDUCE"]
+    packed = [*phases[:2], "MEMCPY_IN_FUSION_BUFFER", phases[2], "MEMCPY_OUT_FUSION_BUFFER"]
+    for name, wanted in (("first", 3 * phases), ("second.0", packed), ("second.1", packed)):
+        assert [e["name"] for e in rows["rank 0", name]] == wanted
+    assert rows["rank 0", "left"][0]["name"] == "NEGOTIATE_ALLGATHER"
+    waits = [e["name"] for e in rows["rank 0 waits", "MainThread"]]
+    assert waits == ["first"] * 3 + ["wrong"] * (world.size > 1) + ["second.0", "second.1"]
+    assert not any("after" in name for _, name in rows)
+    found = rows["rank 0", "first"][1]
     assert found["args"]["shape"] == [4, 2] and found["args"]["dtype"] == "float32"
     if world.size > 1:
-        wrong = next(e for e in spans if rows[e["tid"]] == "wrong" and e["name"] == "ALLREDUCE")
-        assert "error" in wrong["args"]
+        (wrong,) = rows["rank 0", "wrong"]
+        assert wrong["name"] == "NEGOTIATE_ALLREDUCE" and "shape" in wrong["args"]["error"]
     hvd.start_timeline(path)
     with pytest.raises(InvalidArgument, match="stop_timeline"):
         hvd.start_timeline(path)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidl.collectives import Engine, Handle, Request
+from mpidl.collectives import Engine, Handle, Request, coordinator, driver, ids, known
 from mpidl.collectives.halves import Halves, shares
 from mpidl.errors import InvalidArgument, RankMismatch
 from mpidl.world import World
@@ -165,6 +165,29 @@ def test_rounding_and_range_of_halves(world: World, engine: Engine) -> None:
     odd = np.full(3, 2048 if world.rank == 0 else 1, np.float16)
     engine.wait(engine.submit(Request("odd", "allreduce", odd)))
     np.testing.assert_array_equal(odd, np.full(3, np.float32(2047 + world.size)).astype(np.float16))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES])
+def test_nan_stays_in_min_and_max(dtype: str, world: World, own: Any, engine: Engine) -> None:
+    """Whichever rank has it, in all dtypes, in one number and in many."""
+    for op in ("min", "max"):
+        for n in (1, 40, 70_001):
+            values = numbers(own, n, dtype)
+            if world.rank == 0 or own.random() < 0.5:
+                values[own.permutation(n)[: 1 + n // 4]] = to_half(
+                    np.full(1, np.nan, np.float32), dtype
+                ) if dtype in HALVES else np.nan  # fmt: skip
+            everyone = world.gather(values)
+            expected = reduced(everyone, dtype, op)
+            part = values.copy()
+            parts = engine.submit(Request(f"part {n}", "reducescatter", part, dtype, op=op))
+            handle = engine.submit(Request(f"x {n}", "allreduce", values, dtype, op=op))
+            found = wide(engine.wait(handle), dtype)
+            assert np.isnan(found).any()
+            np.testing.assert_array_equal(found, expected)
+            start = sum(shares(n, world.size)[: world.rank])
+            mine = wide(engine.wait(parts), dtype)
+            np.testing.assert_array_equal(mine, expected[start : start + len(mine)])
 
 
 def test_averages_of_integers_are_truncated(world: World, engine: Engine) -> None:
@@ -567,6 +590,7 @@ def test_what_cannot_be_while_a_rank_has_joined(world: World, engine: Engine) ->
     if world.size == 1:
         assert engine.join() == 0
         return
+    told = []
     if world.rank:
         root = engine.submit(Request("x", "broadcast", np.ones(2), root=0))
         with pytest.raises(RankMismatch, match="rank 0, its root, has joined"):
@@ -576,14 +600,51 @@ def test_what_cannot_be_while_a_rank_has_joined(world: World, engine: Engine) ->
             engine.wait(even)
         for op in ("min", "max", "product"):
             spoiled = engine.submit(Request(op, "allreduce", np.full(2, -3.0), op=op))
-            with pytest.raises(RankMismatch, match=f"allreduce by {op}: rank 0 has joined"):
+            with pytest.raises(RankMismatch, match=f"allreduce by {op}: rank 0 has joined") as no:
                 engine.wait(spoiled)
+            assert no.value.collective
+            told.append(str(no.value))
         with pytest.raises(RankMismatch, match="add_process_set: rank 0 has joined"):
             engine.add_process_set([1])
         other = np.full(2, world.rank)
         engine.wait(engine.submit(Request("z", "broadcast", other, root=1)))
         np.testing.assert_array_equal(other, [1, 1])
     engine.join()
+    assert len({*map(tuple, world.gather(told)[1:])}) == 1
+
+
+def test_more_names_than_ids(
+    world: World, own: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old names come no more, and new ones get their ids, which late ranks may still submit."""
+    few = 32
+    for module in (ids, known, coordinator, driver):
+        monkeypatch.setattr(module, "IDS", few)
+    made = Engine(world)
+    everything: set[int] = set()
+    for turn in range(120):
+        first = turn // 4 * 7  # each name is there for some turns
+        names = [f"{n}" for n in range(first, first + 22)]
+        arrays = {name: np.full(3, int(name) + world.rank, np.float32) for name in names}
+        group = [f"g{turn // 6}", f"h{turn // 6}"]
+        handles = [
+            made.submit(Request(name, "allreduce", arrays[name])) for name in own.permutation(names)
+        ]
+        handles += made.submit_all(
+            [Request(name, "allreduce", np.ones(2), group=turn // 6) for name in group]
+        )
+        for handle in handles:
+            made.wait(handle)
+        for name, array in arrays.items():
+            total = world.size * int(name) + sum(range(world.size))
+            np.testing.assert_array_equal(array, np.full(3, total))
+        np.testing.assert_array_equal(handles[-1].result, np.full(2, world.size))
+        everything |= {i for i, _ in made._driver.known.ids.values()}
+    assert everything == set(range(few))
+    latest = {(0, name) for name in names}
+    assert len(latest & made._driver.known.ids.keys()) > 10
+    assert len(made._driver.known.ids) <= few and len(made._driver._tasks) <= 3 * few
+    made.close()
 
 
 def test_unnamed_ones_leave_plans_alone(world: World) -> None:

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpidl.collectives import Request
+from mpidl.collectives import Handle, Request
+from mpidl.collectives import coordinator as coordinator_module
+from mpidl.collectives import ids as ids_module
 from mpidl.collectives.checks import some
-from mpidl.collectives.coordinator import IDS, Answer, Coordinator
+from mpidl.collectives.coordinator import Answer, Coordinator
 from mpidl.collectives.halves import Halves, shares
+from mpidl.collectives.ids import IDS
+from mpidl.collectives.known import Known
 from mpidl.collectives.link import pack, unpack
 from mpidl.collectives.request import Item, describe
 from mpidl.collectives.stall import Stall
@@ -146,25 +150,108 @@ def test_numbers_of_joined_ranks_are_not_waited_for() -> None:
     assert extras.joined == 1
 
 
-def test_names_that_are_used_once_fill_no_memory() -> None:
-    coordinator = Coordinator(1)
-    for start in range(0, IDS + 200, 100):
-        coordinator.submit(0, NONE, [item(f"{start + i}", 1) for i in range(100)])
-        assert coordinator.answers()[0].ids.min() >= IDS
-    assert len(coordinator._once) == IDS
+FEW = 32  # ids; a 16th is retired at a time
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (ids_module, coordinator_module):
+        monkeypatch.setattr(module, "IDS", FEW)
+
+
+def use(coordinator: Coordinator, size: int, numbers: Any, times: int = 1) -> Answer:
+    """Submit names in full on all ranks, all in one batch."""
+    for _ in range(times):
+        for rank in range(size):
+            coordinator.submit(rank, NONE, [item(f"{n}", size) for n in numbers])
+        answer = coordinator.answers()[0]
+    return answer
+
+
+def test_names_that_are_used_once_fill_no_memory(few: None) -> None:
+    coordinator, most = Coordinator(1), ids_module.REMEMBERED * FEW
+    for start in range(0, most + 20, 10):
+        assert use(coordinator, 1, range(start, start + 10)).ids.min() >= FEW
+    assert len(coordinator._ids._without) == most
     assert agreed(coordinator, 1, "used twice") == 0
     assert agreed(coordinator, 1, "0") == 1  # it was forgotten, and counts anew
 
 
-def test_more_names_than_ids() -> None:
+def test_more_names_than_ids_in_turns_keep_them(few: None) -> None:
     coordinator = Coordinator(1)
-    for _ in range(2):
-        coordinator.submit(0, NONE, [item(f"{i}", 1) for i in range(IDS)])
-        found = coordinator.answers()[0].ids
-    assert sorted(found.tolist()) == list(range(IDS))
-    assert agreed(coordinator, 1, "one more") >= IDS
-    coordinator.submit(0, ids(5), [item("one more", 1), item("6", 1, (9,))])
-    assert coordinator.answers()[0].ids.tolist() == [5, IDS, 6]
+    before = use(coordinator, 1, range(FEW + 5), 2).ids.tolist()
+    assert sorted(before[:FEW]) == list(range(FEW)) and min(before[FEW:]) >= FEW
+    for _ in range(3):
+        answer = use(coordinator, 1, range(FEW + 5))
+        assert answer.ids.tolist()[:FEW] == before[:FEW]
+        assert answer.extras is not None and answer.extras.retired == []
+
+
+def test_names_that_come_no_more_give_their_ids_back(few: None) -> None:
+    """The oldest first, and to new names when the last rank has forgotten them."""
+    coordinator = Coordinator(2)
+    old = dict(zip(range(FEW), use(coordinator, 2, range(FEW), 2).ids.tolist(), strict=True))
+    use(coordinator, 2, range(0, FEW, 2))
+    for rank in range(2):  # by numbers
+        coordinator.submit(rank, ids(*(old[n] for n in range(2, FEW, 2))), [])
+    coordinator.answers()
+    extras = use(coordinator, 2, ["new", "newer"], 2).extras
+    assert extras is not None and extras.retired == [old[1], old[3]]
+    first, second = extras.retired
+    coordinator.forget(0)
+    assert use(coordinator, 2, ["new"]).ids.min() >= FEW
+    coordinator.submit(0, NONE, [item("3", 2)])  # as the rank that knows, and the one that does not
+    coordinator.submit(1, ids(second), [])
+    answer = coordinator.answers()[0]
+    assert answer.extras is not None
+    ((i, found),) = answer.extras.definitions
+    assert i >= FEW and found.names == ("3",) and answer.extras.errors == []
+    coordinator.forget(1)
+    given = use(coordinator, 2, ["new", "newer"]).ids.tolist()
+    assert sorted(given) == sorted([first, second])
+    for rank in range(2):
+        coordinator.submit(rank, np.array(given, np.int32), [])
+    assert coordinator.answers()[0].ids.tolist() == given
+
+
+def test_closing_waits_for_ranks_that_forget(few: None) -> None:
+    coordinator = Coordinator(2)
+    use(coordinator, 2, range(FEW), 2)
+    extras = use(coordinator, 2, ["new"], 2).extras
+    assert extras is not None and len(extras.retired) == FEW // 16
+    coordinator.close(0)
+    coordinator.close(1)
+    coordinator.forget(1)
+    assert not coordinator.answers()
+    coordinator.forget(0)
+    last = coordinator.answers()[1].extras
+    assert last is not None and last.closed
+
+
+def test_a_joined_rank_takes_no_ids(few: None) -> None:
+    coordinator = Coordinator(2)
+    coordinator.join(1)
+    for _ in range(3):
+        coordinator.submit(0, NONE, [item(f"{n}", 2) for n in range(FEW)])
+        assert coordinator.answers()[0].ids.min() >= FEW
+    coordinator.join(0)
+    coordinator.answers()
+    assert sorted(use(coordinator, 2, range(FEW)).ids.tolist()) == list(range(FEW))
+    use(coordinator, 2, ["new"], 2)
+
+
+def test_a_retired_id_is_forgotten_when_what_has_it_is_done() -> None:
+    request = Request("x", "allreduce", np.ones(2))
+    key, handle = (0, "x"), Handle(request)
+    in_flight = {key: handle}
+    known = Known(in_flight)
+    known.offered[key,] = "as it was"
+    known.learn(3, item("x", 2))
+    assert known.ids == {key: (3, "as it was")}
+    known.retire({3, 4}, [key, (0, "y")])
+    assert known.ids == {} and not known.forgot()
+    in_flight[key] = Handle(request)  # it was done, and the next one is told in full
+    assert known.forgot() and known.retired is None
 
 
 def test_stall_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

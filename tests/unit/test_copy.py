@@ -32,6 +32,13 @@ def test_available() -> None:
         assert "__pycache__" not in name
 
 
+def test_no_folder_hides_a_framework() -> None:
+    """A script beside a folder "torch" would import that, where PyTorch is not installed."""
+    folders = {path.name for path in (copying.root() / "examples").iterdir() if path.is_dir()}
+    names = {"torch", "jax", "keras", "tensorflow", "horovod", "mxnet", "chainer", "paddle", "cupy"}
+    assert folders and not folders & names
+
+
 def test_a_file_brings_the_options_along(tmp_path: Path) -> None:
     written = copying.copy(SCRIPT, tmp_path)
     assert written == [tmp_path / SCRIPT, tmp_path / OPTIONS]

@@ -49,6 +49,8 @@ LEVELS = {
     "strategies": 3,
     "local_steps": 4,
     "loss_sum": 4,
+    "done": 4,
+    "elastic": 4,
     "microbatches": 4,
     "arguments": 4,
     "asynchronous": 4,

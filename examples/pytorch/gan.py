@@ -1,6 +1,6 @@
 """Draw handwritten digits in PyTorch: a generator learns from a critic, which learns beside it.
 
-mpidl run -n 2 examples/torch/gan.py
+mpidl run -n 2 examples/pytorch/gan.py
 
 Two networks in one loop, each with an optimizer and a `mpidl.torch.DataParallel` of its own, on the
 same global batches on any number of ranks. As in examples/digits_gan.py, a judge that was taught

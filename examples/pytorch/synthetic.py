@@ -1,6 +1,6 @@
 """How many pictures a second a convolutional network learns from: Horovod's usual benchmark.
 
-mpidl run -n 2 examples/torch/synthetic.py --batch-size 16
+mpidl run -n 2 examples/pytorch/synthetic.py --batch-size 16
 
 A residual network in the shape of ResNet-18 (He et al. 2016), for pictures of 32 x 32, trains on
 random ones. Only one line is not Horovod's: `import mpidl.torch as hvd`. Expect a rate for each

@@ -1,6 +1,6 @@
 """Learn to write like a text, character by character: a small transformer in PyTorch.
 
-mpidl run -n 2 examples/torch/transformer.py --text FILE --checkpoint FILE
+mpidl run -n 2 examples/pytorch/transformer.py --text FILE --checkpoint FILE
 
 With clipping, a schedule, accumulation over parts of a batch, and a checkpoint after every epoch,
 from which the same command goes on, on any number of ranks. Without --text it learns from the

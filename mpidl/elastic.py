@@ -1,0 +1,204 @@
+"""Training that goes on when ranks are killed, with those that are left.
+
+Needs User-Level Failure Mitigation (ULFM; MPI Forum's chapter on process fault tolerance), which
+`mpidl run --elastic` asks Open MPI for. A rank's death ends every collective call that waits for it
+with an error. Whoever gets one revokes all communicators, so that all others get one, too; then all
+that are left agree, shrink the world, build the replica anew, and go on from the newest snapshot.
+
+Snapshots are checkpoints in memory: each node keeps the whole state in a folder under /dev/shm,
+which outlives the rank that wrote a part of it. A step counts once for all ranks or not at all:
+all go back to the same snapshot, and make the steps after it again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import weakref
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpidl import abort, config, data, world
+from mpidl.checkpoint.folder import complete
+from mpidl.checkpoint.saver import Saver
+from mpidl.errors import InvalidArgument, MpidlError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpidl.data import Dataset
+    from mpidl.trainer import Trainer
+    from mpidl.world import World
+
+    T = TypeVar("T")
+
+SNAPSHOT_SECONDS = 0.2  # between snapshots: at most so much is done again
+MEMORY = Path("/dev/shm")
+
+
+class Elastic:
+    """Lets `trainer.fit` survive the death of ranks. Collective.
+
+    Raises InvalidArgument on every rank where that cannot be: without ULFM, with options whose
+    state dies with a rank, and where a node has no /dev/shm.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.recoveries = 0  #: so far
+        replica, ranks = trainer.replica, trainer.world
+        with ranks.together():
+            _check(trainer)
+        self.folder = MEMORY / f"mpidl-{ranks.broadcast(os.urandom(6).hex())}-{ranks.node}"
+        parts = ranks.gather([(ranks.node, *_ends(replica, flat)) for flat in replica.buckets])
+        with ranks.together():
+            _check_owned(trainer, parts)
+        self._end = weakref.finalize(self, _remove, self.folder, os.getpid())
+        trainer.memory = self._saver(resume=False)
+
+    def run(self, train: Dataset | data.Loader, fit: Callable[[], T]) -> T:
+        """Call `fit` until it ends without a rank's death. Collective."""
+        before, self.trainer.begins = self.trainer.epochs, True
+        while True:
+            result, problem = None, None
+            try:
+                result = fit()
+            except Exception as error:
+                if not died(self.trainer.world, error):
+                    raise
+                problem = error
+            if _agree(self.trainer.world, done=problem is None):
+                assert result is not None
+                return result
+            self._recover(before)
+            if isinstance(train, data.Loader):
+                train.world = self.trainer.world
+
+    def _recover(self, before: int) -> None:
+        """Go back to the newest snapshot that all nodes have, with the ranks that are left."""
+        trainer = self.trainer
+        for saver in (trainer.memory, trainer.saver):
+            if saver is not None:
+                saver.checkpoints.abandon()
+        trainer.replica.close()
+        trainer.world = ranks = shrunk(trainer.world)
+        self.recoveries += 1
+        names = [path.name for path in complete(self.folder)]
+        common = set.intersection(*map(set, ranks.gather(names)))
+        newest = next((name for name in names if name in common), None)
+        if newest is None:
+            ranks.agree(MpidlError("a rank died before the first snapshot was complete"))
+        assert newest is not None
+        if ranks.local_rank == 0:  # newer ones, of other nodes' ranks that died
+            for name in names[: names.index(newest)]:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        ranks.barrier()
+        trainer.replicate()
+        trainer.memory = self._saver(resume=self.folder / newest)
+        trainer.done.left -= before
+        steps, s = trainer.replica.steps, "s" * (ranks.size > 1)
+        trainer.done.told = f"ranks were lost: {ranks.size} rank{s} go on from update {steps}"
+        if trainer.saver is not None:
+            trainer.saver = trainer.saver.again()
+
+    def _saver(self, resume: Path | bool) -> Saver:
+        return Saver(
+            self.trainer,
+            self.folder,
+            timedelta(seconds=SNAPSHOT_SECONDS),
+            2,
+            None,
+            resume,
+            world=self.trainer.world.on_node(),
+        )
+
+    def close(self) -> None:
+        """Remove the snapshots of this node. Not collective."""
+        self._end()
+
+
+def died(ranks: World, error: BaseException) -> bool:
+    """Tell whether an error comes of the death of a rank, here or where this was revoked."""
+    MPI, seen = ranks.MPI, error
+    while seen is not None and not isinstance(seen, MPI.Exception):
+        seen = seen.__cause__ or seen.__context__  # type: ignore[assignment]
+    if seen is None or not config.fault_tolerant():
+        return False
+    if seen.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_REVOKED):
+        return True
+    ranks.comm.Ack_failed()
+    return bool(ranks.comm.Is_revoked() or ranks.comm.Get_failed().size)
+
+
+def _agree(ranks: World, *, done: bool) -> bool:
+    """Return whether all ranks that are left are done, and none has died. Collective.
+
+    Called once for each call of `fit`, whether it ended or not: those that have ended wait here for
+    those that got an error, who revoke what others wait in.
+    """
+    if not config.fault_tolerant():
+        return done
+    if not done:
+        world.revoke(ranks)
+    try:
+        return bool(ranks.comm.Agree(int(done)))
+    except ranks.MPI.Exception:  # on all of them
+        return False
+
+
+def shrunk(ranks: World) -> World:
+    """Return the world of the ranks that are left. Collective among them.
+
+    It takes the place of `mpidl.init()`'s, and of the communicator that errors end.
+    """
+    world.revoke(ranks)
+    left = world.World.of(ranks.MPI, ranks.comm.Shrink())
+    world.replace_current(left)
+    abort.end_without_finalizing(left.comm)
+    return left
+
+
+def _check(trainer: Trainer) -> None:
+    """Raise InvalidArgument for what dies with a rank."""
+    replica = trainer.replica
+    options = trainer.options
+    problem = ""
+    if trainer.world.size > 1 and not config.fault_tolerant():
+        problem = "an MPI without fault tolerance: start with mpidl run --elastic (Open MPI 5)"
+    elif not isinstance(options["strategy"], str):
+        problem = "a strategy that was made for all ranks: expected a name"
+    elif replica.choice.codec is not None or options["local_steps"] > 1:
+        problem = "a codec or local_steps, whose state is each rank's own"
+    elif replica.choice.name in ("horovod",):
+        problem = f"strategy {replica.choice.name!r}, which does not survive a rank's death"
+    elif not MEMORY.is_dir():
+        problem = f"a node without {MEMORY}"
+    if problem:
+        raise InvalidArgument(f"elastic=True with {problem}")
+
+
+def _ends(replica: Any, flat: Any) -> tuple[int, int, int]:
+    owned = replica.strategy.owned(flat.param.size)
+    return owned.start, owned.stop, flat.param.size
+
+
+def _check_owned(trainer: Trainer, parts: list[list[tuple[int, int, int, int]]]) -> None:
+    """Raise InvalidArgument unless the ranks of each node own all of every bucket together."""
+    for flat in zip(*parts, strict=True):
+        for node in range(trainer.world.nodes):
+            end = 0
+            for number, start, stop, _ in sorted(flat, key=lambda part: part[1:3]):
+                if number == node and start <= end:
+                    end = max(end, stop)
+            if end < flat[0][3]:
+                raise InvalidArgument(
+                    f"elastic=True with strategy {trainer.replica.choice.name!r} on "
+                    f"{trainer.world.nodes} nodes: the state of what a node's ranks own would die "
+                    'with them: use "hierarchical"'
+                )
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,8 @@
 Every rank appends "TIME STEPS SIZE" to FOLDER/steps-RANK after each update: the monotonic clock,
 which all processes of a host share, the updates made and the ranks there are. At the end it writes
 FOLDER/end-RANK.json. RANK is its number at the start of the job. SIGUSR2 lets it write its stacks
-to FOLDER/stack-RANK.
+to FOLDER/stack-RANK. What it has in the node's memory stands in FOLDER/memory-RANK: nobody may
+leave it there.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def main(asked: dict[str, Any], folder: Path) -> None:
         **options,
     )
     tell_steps(folder / f"steps-{rank}")
+    (folder / f"memory-{rank}").write_text("\n".join(memory(trainer)))
     plan = faults_from_environment()
     with inject(trainer, *plan.faults, seed=plan.seed, record=plan.record):
         history = trainer.fit(train, asked["epochs"], asked["batch_size"], seed=asked["seed"])
@@ -81,6 +83,16 @@ def main(asked: dict[str, Any], folder: Path) -> None:
     }
     trainer.close()
     (folder / f"end-{rank}.json").write_text(json.dumps(told))
+
+
+def memory(trainer: mpidl.Trainer) -> list[str]:
+    """Return the paths under /dev/shm that this rank knows of."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    found = {line.split(maxsplit=5)[5] for line in lines if " /dev/shm/" in line}
+    elastic = getattr(trainer, "_elastic", None)
+    if elastic is not None:
+        found.add(str(elastic.folder))
+    return sorted(path for path in found if not path.endswith(" (deleted)"))
 
 
 def tell_steps(path: Path) -> None:

@@ -56,6 +56,8 @@ def judge(trial: Trial, how: str, run: Run, alone: Path) -> Verdict:
         wrong.append(f"ranks {sorted(set(killed) & set(ends))} were killed, and ended well")
     if run.left:
         wrong.append(f"processes {run.left} outlived the launcher")
+    if left := in_memory(run.folder):
+        wrong.append(f"left in memory: {', '.join(left)}")
     wrong += unexplained(run.output) if how == "elastic" else []
     found.unexplained_errors = "\n".join(wrong)
     lost, weights = [], []
@@ -75,6 +77,12 @@ def judge(trial: Trial, how: str, run: Run, alone: Path) -> Verdict:
     if how == "elastic":
         found.recoveries = recoveries(trial.ranks, sorted(killed.values()), steps)
     return found
+
+
+def in_memory(folder: Path) -> list[str]:
+    """Return what a run has left under /dev/shm."""
+    known = {line for path in folder.glob("memory-*") for line in path.read_text().splitlines()}
+    return sorted(line for line in known if Path(line).exists())
 
 
 def read_steps(path: Path) -> list[tuple[float, int, int]]:

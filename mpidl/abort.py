@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidl.errors import MpidlError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PRINT_SECONDS = 3.0  # time for rank 0 to print an error that all ranks share, and end them
 TOLD = 32767  # a tag: the largest that every MPI has (MPI-4.1, section 9.1.2)
 PROBES = 100  # the first only lets the message arrive
+SEGMENTS = ("/dev/shm/sm_segment.", "/dev/shm/mpich_shm_")  # of Open MPI and MPICH
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 _guard: _Guard | None = None
@@ -99,6 +101,7 @@ def _end_together() -> None:
     if _barrier is not None:
         with suppress(Exception):  # another one has died
             _barrier.Barrier()
+        _unlink_segments()
     elif not MPI.Is_finalized():
         MPI.Finalize()
     os._exit(status or 0)  # Python knows no other way to change it here
@@ -218,7 +221,18 @@ class _Guard:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # it may be closed, or anything that can be written to
                 stream.flush()
+        _unlink_segments()
         self.comm.Abort(status & 255 or 1)  # the system keeps 8 bits: 256 would be success
+
+
+def _unlink_segments() -> None:
+    """Remove the names of memory that MPI shares here: without MPI_Finalize they would stay."""
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            name = line[line.find("/") :] if "/" in line else ""
+            if name.startswith(SEGMENTS):
+                with suppress(OSError):
+                    Path(name).unlink()
 
 
 def _of_script(trace: TracebackType | None) -> TracebackType | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+KNOWN_SECONDS = 0.5  # until then a rank's death has become known to the others
 SNAPSHOT_SECONDS = 0.2  # between snapshots: at most so much is done again
 MEMORY = Path("/dev/shm")
+
+
+class RankDied(MpidlError):
+    """A rank has died; raised on all others."""
 
 
 class Elastic:
@@ -56,24 +62,38 @@ class Elastic:
             _check_owned(trainer, parts)
         self._end = weakref.finalize(self, _remove, self.folder, os.getpid())
         trainer.memory = self._saver(resume=False)
+        trainer.memory.begin(trainer.done.position)
 
     def run(self, train: Dataset | data.Loader, fit: Callable[[], T]) -> T:
         """Call `fit` until it ends without a rank's death. Collective."""
         before, self.trainer.begins = self.trainer.epochs, True
+        lost = False
         while True:
-            result, problem = None, None
             try:
+                if lost:
+                    self._recover(before)
+                    if isinstance(train, data.Loader):
+                        train.world = self.trainer.world
+                lost = False
                 result = fit()
-            except Exception as error:
+                self.check()
+                return result
+            except Exception as error:  # noqa: PERF203  # a `fit`, not a step
+                lost = True
+                if isinstance(error, RankDied):
+                    continue
                 if not died(self.trainer.world, error):
                     raise
-                problem = error
-            if _agree(self.trainer.world, done=problem is None):
-                assert result is not None
-                return result
-            self._recover(before)
-            if isinstance(train, data.Loader):
-                train.world = self.trainer.world
+                agreed(self.trainer.world, well=False)
+
+    def check(self) -> None:
+        """Raise RankDied on all ranks that are left where any has died. Collective.
+
+        Unlike other calls, which may return garbage on some ranks when one has died, and an error
+        on others: so all that is to last, the end of `fit` and snapshots, stands behind this one.
+        """
+        if not agreed(self.trainer.world, well=True):
+            raise RankDied("another rank has died")
 
     def _recover(self, before: int) -> None:
         """Go back to the newest snapshot that all nodes have, with the ranks that are left."""
@@ -111,6 +131,7 @@ class Elastic:
             None,
             resume,
             world=self.trainer.world.on_node(),
+            check=self.check,
         )
 
     def close(self) -> None:
@@ -119,30 +140,37 @@ class Elastic:
 
 
 def died(ranks: World, error: BaseException) -> bool:
-    """Tell whether an error comes of the death of a rank, here or where this was revoked."""
-    MPI, seen = ranks.MPI, error
-    while seen is not None and not isinstance(seen, MPI.Exception):
-        seen = seen.__cause__ or seen.__context__  # type: ignore[assignment]
-    if seen is None or not config.fault_tolerant():
+    """Tell whether an error may come of a rank's death, which may come to be known later only."""
+    MPI = ranks.MPI
+    if not config.fault_tolerant() or (isinstance(error, MpidlError) and not error.collective):
         return False
-    if seen.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_REVOKED):
+    known = MPI.ERR_PROC_FAILED, MPI.ERR_REVOKED
+    if isinstance(error, MPI.Exception) and error.Get_error_class() in known:
         return True
-    ranks.comm.Ack_failed()
-    return bool(ranks.comm.Is_revoked() or ranks.comm.Get_failed().size)
+    until = time.monotonic() + KNOWN_SECONDS
+    while time.monotonic() < until:
+        try:
+            ranks.comm.Iprobe()  # lets news arrive
+        except MPI.Exception:
+            return True
+        ranks.comm.Ack_failed()
+        if ranks.comm.Is_revoked() or ranks.comm.Get_failed().size:
+            return True
+        time.sleep(1e-3)
+    return False
 
 
-def _agree(ranks: World, *, done: bool) -> bool:
-    """Return whether all ranks that are left are done, and none has died. Collective.
+def agreed(ranks: World, *, well: bool) -> bool:
+    """Return whether all ranks are well, the same on all. Collective, also where calls fail.
 
-    Called once for each call of `fit`, whether it ended or not: those that have ended wait here for
-    those that got an error, who revoke what others wait in.
+    Whoever is not ends all calls in which others wait, so that they come here, too.
     """
     if not config.fault_tolerant():
-        return done
-    if not done:
+        return well
+    if not well:
         world.revoke(ranks)
     try:
-        return bool(ranks.comm.Agree(int(done)))
+        return bool(ranks.comm.Agree(int(well)))
     except ranks.MPI.Exception:  # on all of them
         return False
 

@@ -170,17 +170,6 @@ class Trainer:
         size that is missing, RankMismatch where the ranks differ in what they pass, and what
         `data.batches` and `DataParallel.step` raise.
         """
-        with self.world.together():
-            if epochs < 0:
-                raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
-            if isinstance(train, data.Loader) and train.microbatches != self.microbatches:
-                raise InvalidArgument(
-                    f"a Loader of microbatches={train.microbatches}, and a Trainer of "
-                    f"microbatches={self.microbatches}: expected the same"
-                )
-            if (batch_size is None) != isinstance(train, data.Loader):
-                raise InvalidArgument(f"{batch_size=}: expected for a data set, not for a Loader")
-        self.world.same(f"{epochs=}, evaluate={evaluate is not None}", "fit")
         if self._elastic is not None:
             fit = partial(self._fit, train, epochs, batch_size, evaluate, seed, shuffle)
             return self._elastic.run(train, fit)
@@ -196,6 +185,17 @@ class Trainer:
         shuffle: bool,
     ) -> list[Epoch]:
         """Do what `fit` is asked for, as far as it is not done. Collective."""
+        with self.world.together():
+            if epochs < 0:
+                raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
+            if isinstance(train, data.Loader) and train.microbatches != self.microbatches:
+                raise InvalidArgument(
+                    f"a Loader of microbatches={train.microbatches}, and a Trainer of "
+                    f"microbatches={self.microbatches}: expected the same"
+                )
+            if (batch_size is None) != isinstance(train, data.Loader):
+                raise InvalidArgument(f"{batch_size=}: expected for a data set, not for a Loader")
+        self.world.same(f"{epochs=}, evaluate={evaluate is not None}", "fit")
 
         def batches(epoch: int) -> data.Batches:
             if isinstance(train, data.Loader):
@@ -289,10 +289,10 @@ class Trainer:
 
     def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
-        batches, before, spent = self.done.begin(batches)
-        if self.memory is not None and self.begins:
-            self.memory.begin(batches, before, spent)
+        if self.memory is not None and self.begins:  # weights may be others than before
+            self.memory.begin(self.done.position)
             self.begins = False
+        batches, before, spent = self.done.begin(batches)
         losses = LossSum(before if self.world.rank == 0 else ())
         self.model.train()
         joins = any(module.sync for module in self.model.modules())

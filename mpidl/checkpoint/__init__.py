@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidl.checkpoint import folder as folders
@@ -17,6 +16,7 @@ from mpidl.errors import CheckpointError, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from mpidl.checkpoint.manifest import Manifest
     from mpidl.checkpoint.state import State
@@ -92,9 +92,13 @@ def load(what: DataParallel | Trainer, path: str | Path, *, fallback: bool = Fal
 def restore(state: State, path: str | Path, *, fallback: bool = False) -> Loaded:
     """Give `state` what a checkpoint holds; see `load`. Collective."""
     world = state.world
-    found = world.broadcast(folders.candidates(Path(path).absolute()))
-    if not found:
-        world.agree(CheckpointError(f"{path}: no complete checkpoint is there"))
+    found: list[Path] = []
+    with world.together():
+        if world.rank == 0:
+            found = folders.candidates(path)
+            if not found:
+                raise CheckpointError(f"{path}: no checkpoint is complete there")
+    found = world.broadcast(found)
     for number, one in enumerate(found):
         older = found[number + 1 :]
         try:

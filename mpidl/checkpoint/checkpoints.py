@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpidl import abort, config
 from mpidl.checkpoint import folder as folders
 from mpidl.checkpoint.manifest import Manifest
@@ -81,20 +83,19 @@ class Checkpoints:
         JSON does not have.
         """
         self.finish()
-        made = Manifest(
-            step=step,
-            ranks=self.world.size,
-            tensors=self._tensors,
-            files={},
-            epoch=epoch,
-            position=dict(position or {}),
-            metrics={k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)},
-            history=history,
-            extra=dict(extra or {}),
-            made_by=dict(made_by or {}),
-        )
         with self.world.together():
-            _check_json(made)
+            made = Manifest(
+                step=step,
+                ranks=self.world.size,
+                tensors=self._tensors,
+                files={},
+                epoch=epoch,
+                position=_plain("position", position),
+                metrics=_finite(_plain("metrics", metrics)),
+                history=tuple(_plain("history", epoch) for epoch in history),
+                extra=_plain("extra", extra),
+                made_by=_plain("made_by", made_by),
+            )
         held = self.state.held()
         unfinished, problem = self.world.broadcast(self._begin(step))
         if problem is not None:
@@ -201,11 +202,27 @@ def _checked(folder: Any, keep: int, best: Best) -> tuple[str, str] | None:
     return rule
 
 
-def _check_json(made: Manifest) -> None:
-    what = {"extra": made.extra, "position": made.position, "history": made.history}
-    for name, value in what.items():
-        try:
-            same = json.loads(json.dumps(value)) is not None
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidArgument(f"{name}: expected what JSON has: {error}") from error
-        assert same
+def _plain(what: str, value: Any) -> dict[str, Any]:
+    """Return a copy of a dict of what JSON has. Raises InvalidArgument."""
+    try:
+        found = json.loads(json.dumps(value or {}, default=_number))
+        if not isinstance(found, dict):
+            raise TypeError(f"{type(value).__name__} is no dict")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{what}: expected a dict of what JSON has: {error}") from error
+    return found
+
+
+def _number(value: Any) -> Any:
+    """Return NumPy's numbers as Python's. Raises TypeError."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not what JSON has")
+
+
+def _finite(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return those that are finite. Raises InvalidArgument for what are no numbers."""
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float)):
+            raise InvalidArgument(f"metrics: {name} is {value!r}; expected a number")
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

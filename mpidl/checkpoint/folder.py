@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpidl.checkpoint import manifest
@@ -16,7 +17,6 @@ from mpidl.errors import CheckpointError, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from mpidl.world import World
 
@@ -37,16 +37,20 @@ def complete(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def candidates(path: Path) -> list[Path]:
+def candidates(path: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoint that `path` means, and the next older ones.
 
-    A checkpoint's own folder means that one; another folder the newest in it.
+    A checkpoint's own folder means that one; another folder the newest in it. Raises
+    CheckpointError.
     """
-    if (path / manifest.NAME).exists() or STEP.fullmatch(path.name):
-        beside = complete(path.parent)
-        older = beside[beside.index(path) + 1 :] if path in beside else []
-        return [path, *older]
-    return complete(path)
+    try:
+        path = Path(path).absolute()
+        if not STEP.fullmatch(path.name) and not (path / manifest.NAME).exists():
+            return complete(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path!r} is no folder that can be read: {error}") from error
+    beside = complete(path.parent)
+    return [path, *(beside[beside.index(path) + 1 :] if path in beside else [])]
 
 
 def free_name(folder: Path, step: int) -> Path:
@@ -126,7 +130,6 @@ class Claim:
             self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.had = True
-        if self.had:
             for path in folder.iterdir():
                 if path.name.startswith(".step-") and (
                     UNFINISHED in path.name or REMOVED in path.name

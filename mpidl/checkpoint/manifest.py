@@ -62,6 +62,11 @@ class Manifest:
     made_by: dict[str, Any] = field(default_factory=dict)  #: version, strategy, optimizer: to read
 
 
+def data_name(rank: int) -> str:
+    """Return the name of the file that a rank writes."""
+    return f"rank-{rank:05}.safetensors"
+
+
 def dump(manifest: Manifest) -> bytes:
     """Return the text of a manifest, its own checksum included. Raises TypeError, ValueError."""
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
@@ -113,7 +118,7 @@ def _checked(content: dict[str, Any]) -> Manifest:
         raise ValueError("history: expected objects")
     if not all(_is_number(value) for value in content["metrics"].values()):
         raise ValueError("metrics: expected numbers")
-    return Manifest(
+    made = Manifest(
         **{
             **{name: content[name] for name in known},
             "step": _count(content["step"], "step"),
@@ -124,6 +129,11 @@ def _checked(content: dict[str, Any]) -> Manifest:
             "history": tuple(content["history"]),
         }
     )
+    if set(made.files) != {data_name(rank) for rank in range(len(made.files))}:
+        raise ValueError(f"its files are {sorted(made.files)[:9]}")
+    if len(made.files) != made.ranks or any(t.copies > made.ranks for t in made.tensors):
+        raise ValueError(f"{made.ranks} ranks wrote {len(made.files)} files")
+    return made
 
 
 def _tensor(value: Any) -> Tensor:

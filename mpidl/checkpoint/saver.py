@@ -15,6 +15,8 @@ from mpidl.done import Done, place
 from mpidl.errors import CheckpointError, InvalidArgument
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mpidl import data
     from mpidl.checkpoint.checkpoints import Best
     from mpidl.loss_sum import LossSum
@@ -43,9 +45,10 @@ class Saver:
         best: Best,
         resume: str | Path | bool,
         world: World | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.trainer, self.world, self.every = trainer, trainer.world, every
-        self._leaves = world is None
+        self._leaves, self._check = world is None, check
         with self.world.together():
             _check(every, resume)
         if world is None:
@@ -79,10 +82,9 @@ class Saver:
         self.trainer.epochs = made.epoch
         self.trainer.done = Done(list(made.history), made.epoch, position, told)
 
-    def begin(self, batches: data.Batches, losses: list[float], seconds: float) -> None:
-        """Write a checkpoint of what `Done.begin` returned, and wait for it. Collective."""
-        self._save({**place(batches), "batch": batches.begin, "losses": losses,
-                    "seconds": seconds}, {})  # fmt: skip
+    def begin(self, position: dict[str, Any]) -> None:
+        """Write a checkpoint of what there is at first, and wait for it. Collective."""
+        self._save(position, {})
         self.checkpoints.finish()
 
     def after_step(self, batches: data.Batches, step: int, losses: LossSum, seconds: float) -> None:
@@ -120,6 +122,8 @@ class Saver:
 
     def _save(self, position: dict[str, Any], metrics: dict[str, float]) -> None:
         trainer = self.trainer
+        if self._check is not None:
+            self._check()
         self.checkpoints.save(
             trainer.replica.steps,
             epoch=trainer.epochs,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpidl.checkpoint import disk, folder, manifest
-from mpidl.checkpoint.manifest import File, Manifest
+from mpidl.checkpoint.manifest import File, Manifest, data_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,11 +77,6 @@ class Writer(threading.Thread):
         self.path = folder.publish(self._folder, made.step)
         if self._published is not None:
             self._published(self.path)
-
-
-def data_name(rank: int) -> str:
-    """Return the name of the file that a rank writes."""
-    return f"rank-{rank:05}.safetensors"
 
 
 def _done(rank: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,15 +110,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk(mpi: str, small_disk: Path) -> None:
-    good = train(mpi, small_disk)
+def test_a_full_disk(small_disk: Path) -> None:
+    good = train("openmpi", small_disk)
     assert good.status == 0, good
     shutil.rmtree(small_disk / "run")
     with (small_disk / "filler").open("wb") as filler:
         filler.write(bytes((1 << 20) - (24 << 10)))
-    result = train(mpi, small_disk)
+    result = train("openmpi", small_disk)
     assert result.output == good.output, result  # it trained to its end
     assert result.status == 74, result
     assert result.errors.count("a checkpoint was not written") == 1, result
     assert "ENOSPC" in result.errors and str(small_disk / "run") in result.errors
     assert "MPI_ABORT" not in result.errors, result
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    """docs/checkpoints.md: each block twice, as after a requeue."""
+    page = (job.ROOT / "docs/checkpoints.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    result = job.run("openmpi", 2, job.script(tmp_path, "\n".join(blocks * 2)), cwd=tmp_path)
+    assert result.status == 0, result
+    assert result.errors.count("resumed from") == 1
+    assert len(list((tmp_path / "run").glob("step-*"))) in (3, 4)
+    assert len(list((tmp_path / "own").glob("step-*"))) == 3

@@ -78,7 +78,7 @@ def test_a_signal_ends_all_ranks(
         if to == "group":
             os.killpg(process.pid, signum)  # as a terminal does it
         else:
-            process.send_signal(signum)  # `mpidl run` became the launcher: nobody is between
+            process.send_signal(signum)  # `mpidl run` is the launcher, or passes it on
         while any(map(running, ranks)) and time.monotonic() < begin + SECONDS:
             time.sleep(0.02)
     finally:

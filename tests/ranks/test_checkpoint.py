@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,17 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl import abort, checkpoint, config, data, nn, optim
+from mpidl import abort, checkpoint, config, data, nn, optim, signals
 from mpidl.array import to_numpy
 from mpidl.checkpoint import disk, folder, reader
 from mpidl.errors import CheckpointError, InvalidArgument
 from mpidl.optim import schedules
-from tests.ranks.conftest import STRATEGIES, as_nodes
+from tests.conftest import ALL
+from tests.ranks.conftest import MPICH, STRATEGIES, as_nodes
 from tests.ranks.test_parallel import DEVICE_OF, make_data
 
 EPOCHS, BATCH = 2, 7
+pytestmark = pytest.mark.skipif(MPICH and not ALL, reason="nothing here depends on the MPI")
 
 
 @pytest.fixture
@@ -44,8 +50,8 @@ def make_model(xp: Any = np, width: int = 9) -> nn.Sequential:
 
 def make_trainer(world: mpidl.World, strategy: str, xp: Any = np, **options: Any) -> mpidl.Trainer:
     rate = schedules.cosine(1e-2, steps=20)
-    options = {"optimizer": optim.Adam(rate), **options}
-    model = make_model(xp)
+    options = {"optimizer": optim.Adam(rate), "model": make_model(xp), **options}
+    model = options.pop("model")
     return mpidl.Trainer(
         model, nn.cross_entropy, strategy=strategy, world=world, quiet=True, **options
     )
@@ -61,7 +67,9 @@ def go_on_from_each(
     """Train, and again from some of the checkpoints: the same in all bits. Returns how many."""
 
     def fit(where: Path, **more: Any) -> tuple[Any, Any, mpidl.Trainer]:
-        trainer = make_trainer(world, *args, checkpoint=where, keep=99, **options, **more)
+        made = {"model": copy.deepcopy(options["model"])} if "model" in options else {}
+        more = {**options, **made, **more}
+        trainer = make_trainer(world, *args, checkpoint=where, keep=99, **more)
         history = trainer.fit(train, EPOCHS, batch_size=BATCH, evaluate=train, seed=2)
         state = trainer.model.state_dict()
         trainer.close()
@@ -101,7 +109,9 @@ def test_what_codecs_keep(
 ) -> None:
     if xp is not np:
         pytest.skip("codecs work in host memory")
-    options: Any = {"codec": codec, "overlap": False}
+    nn.seed(6)
+    model = nn.Sequential(nn.Linear(5, 48), nn.Tanh(), nn.Linear(48, 40), nn.Linear(40, 3))
+    options: Any = {"codec": codec, "overlap": False, "model": model}
     train = make_data(rng, 38, "float32")
     go_on_from_each(world.apart(), train, shared, "hierarchical", **options)
 
@@ -266,7 +276,7 @@ def test_another_model_or_optimizer(world: mpidl.World, shared: Path) -> None:
         assert str(shared) in str(caught.value) and caught.value.collective
         for name, value in other.model.state_dict().items():
             np.testing.assert_array_equal(value, before[name])
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="no checkpoint is complete"):
         checkpoint.load(first, shared / "elsewhere")
 
 
@@ -441,3 +451,158 @@ def test_data_from_its_middle(world: mpidl.World, rng: np.random.Generator) -> N
         for (x, y), (a, b) in zip(whole[2:], rest, strict=True):
             np.testing.assert_array_equal(x, a)
             np.testing.assert_array_equal(y, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strategy": "hierarchical", "accumulate": 2},
+        {"strategy": "allreduce", "local_steps": 2},
+        {"strategy": "asynchronous"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "plain",
+)
+def test_a_signal_to_one_rank_stops_all(
+    options: dict[str, Any], world: mpidl.World, rng: np.random.Generator, shared: Path, xp: Any
+) -> None:
+    if xp is not np:
+        pytest.skip("one place is enough")
+    options = {"strategy": "sharded", **options}
+    if options["strategy"] == "asynchronous":
+        if not world.threads:
+            pytest.skip("servers need threads")
+        options["strategy"] = mpidl.strategies.ParameterServer(world, asynchronous=True)
+    train, calls = make_data(rng, 63, "float32"), 0
+    handlers = [signal.getsignal(number) for number in signals.SIGNALS]
+    at = int(rng.integers(1, 8))
+
+    def loss(output: Any, target: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at and world.rank == world.size - 1:
+            os.kill(os.getpid(), rng.choice(signals.SIGNALS))
+        return nn.cross_entropy(output, target)
+
+    trainer = mpidl.Trainer(
+        make_model(), loss, optim.Adam(), world=world, quiet=True, checkpoint=shared, **options
+    )
+    try:
+        with pytest.raises(SystemExit) as caught:
+            trainer.fit(train, 2, batch_size=BATCH)
+    finally:
+        abort._agreed = None
+    assert caught.value.code == config.EXIT_REQUEUE
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == handlers
+    found = world.broadcast(folder.complete(shared))
+    made = reader.look(found[0]).manifest
+    assert len(found) == 1 and made.step == trainer.replica.steps
+    if not options.keys() - {"strategy"} and options["strategy"] == "sharded":
+        assert (made.step, made.position["batch"]) == (at, at)
+    trainer.replica.close()
+    world.barrier()
+
+
+def test_its_own_loop_is_told(world: mpidl.World, own: np.random.Generator) -> None:
+    replica = mpidl.DataParallel(make_model(), optim.SGD(0.1), world=world)
+    with signals.watching():
+        train_some(replica, own, 1)
+        assert not replica.stop_requested
+        if world.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_some(replica, own, 1)
+        assert replica.stop_requested
+
+
+def test_other_ranks_go_on_in_the_middle_of_an_epoch(
+    world: mpidl.World, rng: np.random.Generator, shared: Path
+) -> None:
+    train = make_data(rng, 38, "float64")
+
+    def fit(where: mpidl.World, folder: Path, **options: Any) -> list[mpidl.Epoch]:
+        nn.seed(4)
+        model = nn.Sequential(nn.Linear(5, 3)).astype("float64")
+        trainer = mpidl.Trainer(
+            model, nn.cross_entropy, optim.Adam(0.1), world=where, quiet=True, **options,
+            checkpoint=folder, keep=9,
+        )  # fmt: skip
+        return trainer.fit(train, 2, batch_size=BATCH)
+
+    whole = fit(world, shared, checkpoint_every=4)
+    path = world.broadcast(shared / "step-00000004")
+    mine = shared / f"alone{world.rank}"
+    alone = fit(world.alone(), mine, resume=path, checkpoint_every=4)
+    assert [e.loss for e in alone] == pytest.approx([e.loss for e in whole], rel=1e-12)
+    world.barrier()
+    back = fit(world, shared / "back", resume=world.broadcast(mine / "step-00000010"))
+    assert [e.loss for e in back] == pytest.approx([e.loss for e in whole], rel=1e-12)
+
+
+def test_a_loader_goes_on_too(world: mpidl.World, rng: np.random.Generator, shared: Path) -> None:
+    train = make_data(rng, 38, "float32")
+
+    def noise(x: Any, y: Any, rng: np.random.Generator) -> Any:
+        return x + rng.standard_normal(x.shape).astype(x.dtype), y
+
+    def fit(where: Path, **options: Any) -> Any:
+        trainer = make_trainer(world, "ring", checkpoint=where, keep=9, **options)
+        with data.Loader(train, BATCH, world=world, workers=0, transform=noise, seed=3) as loader:
+            return told(trainer.fit(loader, 2))
+
+    whole = fit(shared, checkpoint_every=2)
+    path = world.broadcast(folder.complete(shared)[-1])
+    assert path.name == "step-00000002"
+    assert fit(shared / "again", resume=path) == whole
+
+
+def test_by_the_clock(world: mpidl.World, rng: np.random.Generator, shared: Path) -> None:
+    every = timedelta(seconds=0.05)
+    trainer = make_trainer(world, "sharded", checkpoint=shared, checkpoint_every=every, keep=99)
+
+    def loss(output: Any, target: Any) -> Any:
+        time.sleep(0.004)
+        return nn.cross_entropy(output, target)
+
+    trainer.loss = loss
+    trainer.fit(make_data(rng, 60, "float32"), 1, batch_size=1)
+    steps = [int(path.name[5:]) for path in world.broadcast(folder.complete(shared))]
+    assert steps[0] == 60 and 2 <= len(steps) <= 8
+
+
+def test_it_begins_by_itself_where_it_ended(
+    world: mpidl.World, rng: np.random.Generator, shared: Path
+) -> None:
+    train = make_data(rng, 38, "float32")
+    histories = []
+    for calls in ([1], [2], [1, 2], [2, 2]):  # as a script that is started again and again
+        trainer = make_trainer(world, "sharded", checkpoint=shared)
+        made = [trainer.fit(train, epochs, batch_size=BATCH) for epochs in calls]
+        assert [len(history) for history in made] == calls
+        histories.append(told([epoch for history in made for epoch in history]))
+        trainer.close()
+    for history in histories:
+        assert history == histories[-1][: len(history)]
+    fresh = make_trainer(world, "sharded", checkpoint=shared, resume=False)
+    assert told(fresh.fit(train, 1, batch_size=BATCH)) == histories[0]
+    with pytest.raises(CheckpointError, match="no checkpoint is complete"):
+        make_trainer(world, "sharded", checkpoint=shared / "new", resume=True)
+
+
+def test_noise_goes_on_in_a_loop_of_ones_own(
+    world: mpidl.World, own: np.random.Generator, shared: Path
+) -> None:
+    replica = mpidl.DataParallel(make_model(), optim.SGD(0.1), "allreduce", world=world)
+    x, y = own.standard_normal((2, 6, 5)).astype(np.float32), own.integers(0, 3, (2, 6))
+
+    def step(number: int) -> Any:
+        loss = nn.cross_entropy(replica.model(x[number]), y[number])
+        loss.backward()
+        replica.step()
+        return to_numpy(loss.data)
+
+    step(0)
+    path = checkpoint.save(replica, shared)
+    expected = step(1)
+    assert path is not None
+    checkpoint.load(replica, path)
+    assert step(1) == expected

@@ -307,9 +307,12 @@ def test_values_that_cannot_be(options: dict[str, Any], tmp_path: Path) -> None:
 
 def test_extra_is_what_json_has(tmp_path: Path) -> None:
     checkpoints = Checkpoints(State(world_of(0, 1, None)), tmp_path)
-    with pytest.raises(InvalidArgument, match="extra: expected what JSON has"):
+    with pytest.raises(InvalidArgument, match="extra: expected a dict of what JSON has"):
         checkpoints.save(1, extra={"model": object()})
-    checkpoints.save(1, metrics={"loss": float("nan"), "right": 0.5})
+    for metrics in ({"loss": "low"}, [1], {(1, 2): 3}, 7):
+        with pytest.raises(InvalidArgument, match="metrics: "):
+            checkpoints.save(1, metrics=metrics)  # type: ignore[arg-type]
+    checkpoints.save(1, metrics={"loss": float("nan"), "right": np.float32(0.5)})
     path = checkpoints.finish()
     assert path is not None and manifest.read(path).metrics == {"right": 0.5}
     checkpoints.close()

@@ -36,15 +36,14 @@ def main(asked: dict[str, Any], folder: Path) -> None:
     world = mpidl.init()
     rank = world.MPI.COMM_WORLD.rank
     faulthandler.register(signal.SIGUSR2, (folder / f"stack-{rank}").open("w"), all_threads=True)
+    dtype = "float32" if asked["microbatches"] else "float64"  # there, rounding shows little
     rng = np.random.default_rng(asked["seed"])
-    train = data.ArrayDataset(
-        rng.standard_normal((SAMPLES, FEATURES), np.float32), rng.integers(0, CLASSES, SAMPLES)
+    samples = data.ArrayDataset(
+        rng.standard_normal((SAMPLES, FEATURES), np.float32).astype(dtype),
+        rng.integers(0, CLASSES, SAMPLES),
     )
     nn.seed(asked["seed"])
-    model = nn.Sequential(
-        *(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Dropout(asked["dropout"])),
-        *(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
-    )
+    model = make_model(asked["dropout"], asked["batch_norm"], dtype)
 
     def loss(output: mpidl.Tensor, target: Any) -> mpidl.Tensor:
         if asked["pace"] and model.training:  # seconds a step is to take
@@ -54,8 +53,9 @@ def main(asked: dict[str, Any], folder: Path) -> None:
     options: dict[str, Any] = {}
     if asked["how"] == "elastic":
         options["elastic"] = True
-    elif asked["how"] == "restarts":
-        options.update(checkpoint=folder / "run", checkpoint_every=5)
+    every = asked["checkpoint_every"]
+    if every is not None or asked["how"] == "restarts":
+        options.update(checkpoint=folder / "run", checkpoint_every=every or 5)
     trainer = mpidl.Trainer(
         model,
         loss,
@@ -69,20 +69,49 @@ def main(asked: dict[str, Any], folder: Path) -> None:
     tell_steps(folder / f"steps-{rank}")
     (folder / f"memory-{rank}").write_text("\n".join(memory(trainer)))
     plan = faults_from_environment()
-    with inject(trainer, *plan.faults, seed=plan.seed, record=plan.record):
-        history = trainer.fit(train, asked["epochs"], asked["batch_size"], seed=asked["seed"])
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.tobytes())
+    faults = inject(trainer, *plan.faults, seed=plan.seed, record=plan.record)
+    faults.__enter__()  # until the process ends: they may come in its last moments, too
+    train: Any = samples
+    fit: dict[str, Any] = {"batch_size": asked["batch_size"], "seed": asked["seed"]}
+    if asked["workers"] is not None:
+        fit.update(world=world, workers=asked["workers"], microbatches=asked["microbatches"])
+        train, fit = data.Loader(samples, **fit), {}
+    test = samples if asked["evaluate"] else None
+    history = trainer.fit(train, asked["epochs"], evaluate=test, **fit)
+    state = model.state_dict()
+    stored = state
+    if "checkpoint" in options:  # the last one is complete when `fit` returns
+        other = make_model(asked["dropout"], asked["batch_norm"], dtype)
+        stored = mpidl.load(folder / "run", other).state_dict()
     told = {
         "steps": trainer.replica.steps,
         "epochs": [[epoch.epoch, epoch.steps] for epoch in history],
-        "losses": [epoch.loss.hex() for epoch in history],
-        "weights": digest.hexdigest(),
+        "losses": [[epoch.loss, *epoch.metrics.values()] for epoch in history],
+        "weights": digest(state),
+        "stored": digest(stored),
         "size": trainer.world.size,
     }
     trainer.close()
+    np.savez(folder / f"weights-{rank}.npz", **state)
     (folder / f"end-{rank}.json").write_text(json.dumps(told))
+
+
+def make_model(dropout: float, batch_norm: bool, dtype: str) -> nn.Module:
+    norm = [nn.BatchNorm1d(128)] if batch_norm else []
+    model = nn.Sequential(
+        *(nn.Linear(FEATURES, 128), *norm, nn.ReLU(), nn.Dropout(dropout)),
+        *(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
+    )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.astype(dtype)
+    return model
+
+
+def digest(state: dict[str, Any]) -> str:
+    found = hashlib.sha256()
+    for value in state.values():
+        found.update(value.tobytes())
+    return found.hexdigest()
 
 
 def memory(trainer: mpidl.Trainer) -> list[str]:

@@ -7,18 +7,47 @@ from typing import TYPE_CHECKING, Any
 from mpidl.array import is_device
 from mpidl.bucket import check_dtype
 from mpidl.errors import InvalidArgument
+from mpidl.optim.clip import Clip
 
 if TYPE_CHECKING:
     from mpidl.nn import Module
     from mpidl.world import World
 
 
-def check_options(accumulate: Any, local_steps: Any, overlap: Any, bucket_bytes: Any) -> None:
-    """Raise InvalidArgument where one of them cannot be. Not collective."""
-    for name, number in (("accumulate", accumulate), ("local_steps", local_steps)):
-        if number != int(number) or number < 1:
-            raise InvalidArgument(f"{name}={number}: expected a whole number from 1 on")
-    check_averaging(overlap, bucket_bytes)
+def check_options(
+    world: World,
+    model: Module,
+    optimizer: Any,
+    *,
+    clip: tuple[Any, Any],
+    accumulate: Any,
+    microbatches: Any,
+    local_steps: Any,
+    audit_every: Any,
+    overlap: Any,
+    bucket_bytes: Any,
+) -> Clip:
+    """Return the clip of (value, norm). Collective.
+
+    Raises on every rank InvalidArgument where an option cannot be, and RankMismatch where the ranks
+    differ in one.
+    """
+    with world.together():
+        made = Clip(*clip)
+        if audit_every != int(audit_every) or audit_every < 0:
+            raise InvalidArgument(f"{audit_every=}: expected a whole number; 0 for never")
+        for name, number in (("accumulate", accumulate), ("local_steps", local_steps)):
+            if number != int(number) or number < 1:
+                raise InvalidArgument(f"{name}={number}: expected a whole number from 1 on")
+        check_averaging(overlap, bucket_bytes)
+        check_microbatches(model, microbatches, accumulate, local_steps)
+    for option in (
+        f"{bucket_bytes=}, {overlap=}, {local_steps=}, {audit_every=}",
+        f"clip_norm={made.norm}, clip_value={made.value}, accumulate={accumulate}",
+        f"optimizer={optimizer!r}",
+    ):
+        world.same(option, "DataParallel")
+    return made
 
 
 def check_microbatches(model: Module, number: Any, accumulate: int, local_steps: int) -> None:

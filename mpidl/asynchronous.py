@@ -151,7 +151,8 @@ class AsynchronousUpdate:
         self._host.clear()
 
     def _barrier(self) -> None:
-        self._member.world.wait([self.world.comm.Ibarrier()])
+        with self.world.mark.enter("barrier of the asynchronous server"):
+            self._member.world.wait([self.world.comm.Ibarrier()])
 
     def _ask(self, request: int) -> None:
         comm, server = self._member.world.comm, self._member.server
@@ -174,7 +175,8 @@ class AsynchronousUpdate:
             params, grads = self._memory(self.world.rank)
             found = server.serve(request, self._versions[self.world.rank], grads, params)
             answers[self.world.rank] = np.array(found)
-        self._member.world.wait(requests)  # leaves the core, maybe to the server
+        with self.world.mark.note("wait for the servers' answers"):
+            self._member.world.wait(requests)  # leaves the core, maybe to the server
         for flat, (param, _) in zip(self.buckets, self._host, strict=True):
             if param is not flat.param:
                 flat.param[...] = namespace(flat.param).asarray(param)

@@ -90,21 +90,22 @@ def mean(
     except Exception:  # each library has its own
         told = f"weight={weight!r}: expected a finite number, 0 or more"
         problem = problem or InvalidArgument(told)
-    # Of P numbers with the sum s and the sum of squares q, s^2 = P q only if they are all equal
-    # (Cauchy and Schwarz). With 20 bits a number, both sums are exact in float64 up to 8,192 ranks;
-    # beyond, a longer look finds them equal.
-    code = zlib.crc32(layout.encode()) >> 12
-    sums = world.sum([weight if problem is None else 0, problem is not None, code, code * code])
-    total, problems = map(float, sums[:2])
-    s, q = map(int, sums[2:])
-    if problems:
-        world.agree(problem)
-    if s * s != world.size * q:
-        world.same_lines(layout.splitlines())
-    if total == 0:
-        world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
-    if world.size > 1:
-        _sum(arrays, weight / total, world)
+    with world.mark.enter("average"):
+        # Of P numbers with the sum s and the sum of squares q, s^2 = P q only if they are all
+        # equal (Cauchy and Schwarz). With 20 bits a number, both sums are exact in float64 up to
+        # 8,192 ranks; beyond, a longer look finds them equal.
+        code = zlib.crc32(layout.encode()) >> 12
+        sums = world.sum([weight if problem is None else 0, problem is not None, code, code * code])
+        total, problems = map(float, sums[:2])
+        s, q = map(int, sums[2:])
+        if problems:
+            world.agree(problem)
+        if s * s != world.size * q:
+            world.same_lines(layout.splitlines())
+        if total == 0:
+            world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
+        if world.size > 1:
+            _sum(arrays, weight / total, world)
 
 
 def _collect(value: Arrays, name: str, leaves: dict[str, Memory]) -> None:

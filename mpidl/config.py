@@ -32,7 +32,7 @@ def terminal_width() -> int | None:
 
 
 def stall_seconds() -> float:
-    """MPIDL_STALL_SECONDS: how long an operation may wait for ranks untold; 0: for ever."""
+    """MPIDL_STALL_SECONDS: how long a call may wait for other ranks untold; 0: for ever."""
     value = os.environ.get("MPIDL_STALL_SECONDS", "60")
     try:
         seconds = float(value)
@@ -46,6 +46,16 @@ def stall_seconds() -> float:
 def faults() -> str | None:
     """MPIDL_FAULTS: what `mpidl.testing` is to let go wrong, as JSON; None for nothing."""
     return os.environ.get("MPIDL_FAULTS") or None
+
+
+def stall(asked: str | None = None) -> str:
+    """MPIDL_STALL, or what was `asked`: whether to end a job that has come to a halt."""
+    return _choice("MPIDL_STALL", "abort", ("abort", "warn"), asked)
+
+
+def check(asked: str | None = None) -> str:
+    """MPIDL_CHECK, or what was `asked`: what to compare between ranks, for debugging."""
+    return _choice("MPIDL_CHECK", "nothing", ("nothing", "collectives"), asked)
 
 
 def launched_size() -> tuple[str, int] | None:
@@ -84,8 +94,8 @@ def setting(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _choice(name: str, default: str, valid: tuple[str, ...]) -> str:
-    value = os.environ.get(name, default)
+def _choice(name: str, default: str, valid: tuple[str, ...], asked: str | None = None) -> str:
+    value = os.environ.get(name, default) if asked is None else asked
     if value not in valid:
         raise InvalidArgument(f"{name}={value!r}: expected one of {', '.join(valid)}")
     return value

@@ -50,7 +50,11 @@ class MissingBackward(MpidlError):
     """A step was asked for, but a rank has no gradient."""
 
 
-class NonFiniteGradient(MpidlError):
+class NonFinite(MpidlError):
+    """A parameter, or the loss, is NaN or infinity."""
+
+
+class NonFiniteGradient(NonFinite):
     """A gradient holds NaN or infinity."""
 
 

@@ -64,11 +64,13 @@ class LocalSteps:
     def average(self, buckets: Sequence[Bucket]) -> None:
         """Replace the parameters by their mean over ranks. Collective; spoils the gradients."""
         self._calls = 0
-        for flat in buckets:
-            flat.grad[:] = flat.param
-            for part, mean in self._whole.reduce(flat.grad, 1 / self._whole_world.size):
-                flat.param[part] = mean
-            self._whole.share(flat.param)
+        with self._whole_world.mark.enter("average of parameters"):
+            for flat in buckets:
+                flat.grad[:] = flat.param
+                for part, mean in self._whole.reduce(flat.grad, 1 / self._whole_world.size):
+                    flat.param[part] = mean
+                    self._whole_world.mark.progress += 1
+                self._whole.share(flat.param)
 
     @property
     def due(self) -> bool:

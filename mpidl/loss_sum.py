@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from mpidl import exact
+from mpidl.array import is_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,11 +20,14 @@ class LossSum:
     """The sum of samples x mean loss over the steps of this rank; `before` are sums of others."""
 
     def __init__(self, before: Iterable[float] = ()) -> None:
+        self.spoiled: int | None = None  #: the first step whose loss was no number, on the CPU
         self._parts = list(before)
         self._new: list[tuple[Array, int]] = []
 
-    def add(self, loss: Array, samples: int) -> None:
+    def add(self, loss: Array, samples: int, step: int) -> None:
         """Count a mean `loss` of one element."""
+        if self.spoiled is None and not is_device(loss) and not math.isfinite(loss.item()):
+            self.spoiled = step
         self._new.append((loss.reshape(()).copy(), samples))
         if len(self._new) == WAITING:
             self.parts()

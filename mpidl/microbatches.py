@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array
     from mpidl.bucket import Bucket
+    from mpidl.buffers import BufferMean
     from mpidl.errors import MpidlError
     from mpidl.world import World
 
@@ -22,8 +23,8 @@ class Microbatches:
     """Sums of gradients over this rank's microbatches, by subtrees of a `Tree`.
 
     `partials(grad)` are the arrays where the sums are to be, one for each subtree, `grad` itself
-    the last. A gradient counts as samples / `unit` times: where all microbatches have `unit`
-    samples, nothing is multiplied.
+    the last. Buffers become `means` in the same way. A gradient counts as samples / `unit` times:
+    where all microbatches have `unit` samples, nothing is multiplied.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Microbatches:
         world: World,
         buckets: Sequence[Bucket],
         partials: Callable[[Array], list[Array]],
+        means: BufferMean,
     ) -> None:
         self.tree = tree = Tree.of(number, world)
-        self.mine = tree.ranges[world.rank]
+        self.mine = tree.ranges[world.rank]  #: the microbatches that this rank computes, in turn
         self.unit = 0.0  #: samples; the same on all ranks. 0: that of the first to come
         self.needed = max(1, len(self.mine))  #: calls of `add` for each update
         self.passes = 0  #: since the last `mean`
@@ -43,10 +45,19 @@ class Microbatches:
         self._turns = _turns(tree.of_rank(world.rank))
         height = max((turn.stacked + 1 for turn in self._turns if turn.subtree is None), default=0)
         self._homes = []
-        for flat in buckets:
+        self.means = means
+        for flat in (*buckets, *means.buckets):
             size, dtype, xp = flat.grad.size, flat.grad.dtype, namespace(flat.grad)
             stack = [aligned_zeros(size, dtype, xp) for _ in range(height)]
             self._homes.append((flat.grad, partials(flat.grad), stack))
+
+    def expect(self, batch_size: int) -> None:
+        """Tell how many samples the next global batch has: the same on all ranks.
+
+        A microbatch that has 1/V of them need not be multiplied by anything. By default all are as
+        the first that is ever computed.
+        """
+        self.unit = batch_size / self.tree.leaves
 
     def add(self, samples: float, problem: MpidlError | None) -> None:
         """Count one more: a mean over `samples` in the buckets' gradients, or a problem.
@@ -55,6 +66,7 @@ class Microbatches:
         """
         if not self.unit:
             self.unit = self._world.broadcast(samples, self.tree.holder(0)) or 1.0
+        self.means.take()
         self._problem = self._problem or problem
         self._samples += samples
         self.passes += 1

@@ -135,8 +135,10 @@ def broadcast(
     if world.rank == root:
         for copy, array in zip(copies, arrays.values(), strict=True):
             copy[...] = array
-    for start in range(0, end, CHUNK_BYTES):
-        world.comm.Bcast(packed[start : start + CHUNK_BYTES], root)
+    with world.mark.enter("broadcast of {} arrays", (len(arrays),)):
+        for start in range(0, end, CHUNK_BYTES):
+            world.comm.Bcast(packed[start : start + CHUNK_BYTES], root)
+            world.mark.progress += 1
     return copies
 
 

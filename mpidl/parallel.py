@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 from mpidl import bucket, codecs, signals, strategies
 from mpidl.accumulation import Accumulation
-from mpidl.arguments import check_microbatches, check_options, check_parameters
+from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device
 from mpidl.asynchronous import AsynchronousUpdate
+from mpidl.audit import Audit
 from mpidl.buffers import BufferMean, average_over_ranks, of_floats
 from mpidl.errors import MissingBackward, MpidlError
 from mpidl.local_steps import LocalSteps
 from mpidl.microbatches import Microbatches
-from mpidl.optim.clip import Clip
 from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
 from mpidl.row_count import RowCount
 from mpidl.update import Update
+from mpidl.weigh import weigh
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
@@ -63,22 +64,20 @@ class DataParallel:
             No bucket is updated before all are averaged. See `step`.
         accumulate: this many calls of `step` make one update. See `step` and `flush`.
         microbatches: cut each global batch in this many parts, for the same bits on any number of
-            ranks: `microbatches` then tells which of them this rank is to compute, in turn, with a
-            call of `step` after each, or one without samples where it has none. Their gradients
-            are added up by one tree (see `Tree`), whoever made them; buffers of floats become means
-            over them. Not with `accumulate`, `local_steps`, a codec or layers that look at other
-            ranks' samples (`sync`), and on several ranks with "hierarchical" only. Ranks with
-            several of them need memory for more gradients: the logarithm of their number.
+            ranks (docs/same_bits.md): `microbatches.mine` are those that this rank computes, with a
+            call of `step` after each; one without samples where it has none. Buffers of floats
+            become means over them. Ranks with several keep the logarithm of that in gradients.
         overlap: average each bucket while backward goes on to make the others, in a thread; the
             results are the same. Some steps are watched first: in each, every parameter's gradient
             must come in one backward, for the rows counted. "auto": where there are several nodes.
-            Gradients are then nobody else's from backward to `step`: change none of them, and read
-            none. Not with `accumulate`, `check_finite`, a strategy given as an instance or on a
-            GPU, nor where MPI's threads are limited (MPI_THREAD_MULTIPLE). True: also on one node,
-            and warns where it cannot be.
+            Gradients are then nobody else's from backward to `step`. Not with `accumulate`,
+            `microbatches`, `check_finite`, a strategy given as an instance or on a GPU, nor without
+            MPI_THREAD_MULTIPLE. True: also on one node, and warns where it cannot be.
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
-            `overlap` as many at once as let the last be averaged the soonest, found out in the
-            steps that follow.
+            `overlap` as many at once as let the last be averaged the soonest.
+        audit_every: in every so many updates, see whether all ranks have the same parameters, bit
+            by bit, and finite ones; 0 for never. With `local_steps` after they were averaged. Not
+            with an asynchronous strategy. `audit.look` does it at once.
     """
 
     def __init__(
@@ -97,6 +96,7 @@ class DataParallel:
         codec: codecs.Spec = None,
         overlap: bool | str = "auto",
         bucket_bytes: int | str = "auto",
+        audit_every: int = 1000,
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
@@ -109,18 +109,21 @@ class DataParallel:
         #: update; with `local_steps` after an average; asynchronous, this rank's own.
         self.stop_requested = False
         check_parameters(model, self.world)
+        clip = check_options(
+            self.world,
+            model,
+            optimizer,
+            clip=(clip_value, clip_norm),
+            accumulate=accumulate,
+            microbatches=microbatches,
+            local_steps=local_steps,
+            audit_every=audit_every,
+            overlap=overlap,
+            bucket_bytes=bucket_bytes,
+        )
         with self.world.together():
-            clip = Clip(clip_value, clip_norm)
-            check_options(accumulate, local_steps, overlap, bucket_bytes)
-            check_microbatches(model, microbatches, accumulate, local_steps)
-            self._asynchronous = getattr(strategy, "asynchronous", False)
             optimizers, group_of = assign(optimizer, self.parameters, spare=self._frozen)
-        for option in (
-            f"{bucket_bytes=}, {overlap=}, {local_steps=}",
-            f"clip_norm={clip_norm}, clip_value={clip_value}, accumulate={accumulate}",
-            f"optimizer={optimizer!r}",
-        ):
-            self.world.same(option, "DataParallel")
+        self._asynchronous = getattr(strategy, "asynchronous", False)
         arrays = {name: p.data for name, p in self.parameters.items()}
         size = sum(data.nbytes for data in arrays.values())
         on_device = any(map(is_device, arrays.values()))
@@ -147,16 +150,16 @@ class DataParallel:
         at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
         self.buckets = bucket.allocate(arrays, self.strategy, at_once, group_of)
         self._accumulation: Accumulation | Microbatches | None = None
-        self._microbatches: Microbatches | None = None
-        self._buffer_mean: BufferMean | None = None
+        self.microbatches: Microbatches | None = None  #: with that option
         if accumulate > 1:
             self._accumulation = Accumulation(self.buckets, accumulate)
         self._placement = Placement(model, self.world, self.strategy, self.buckets)
         if microbatches is not None:  # after rank 0's buffers have come to all
-            self._buffer_mean = BufferMean(lambda: of_floats(model), self.strategy)
-            every = [*self.buckets, *self._buffer_mean.buckets]
-            sums = Microbatches(microbatches, self.world, every, self.choice.partials)
-            self._accumulation = self._microbatches = sums
+            means = BufferMean(lambda: of_floats(model), self.strategy)
+            self._accumulation = self.microbatches = Microbatches(
+                microbatches, self.world, self.buckets, self.choice.partials, means
+            )
+        self.audit = Audit(self.world, self.strategy, self.buckets, self._frozen, audit_every)
         self._local = (
             None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
         )
@@ -177,20 +180,6 @@ class DataParallel:
                 group_bytes=None if bucket_bytes == "auto" else at_once,
                 asked=overlap is True,
             )
-
-    @property
-    def microbatches(self) -> range | None:
-        """The microbatches that this rank is to compute, in turn; None without that option."""
-        return None if self._microbatches is None else self._microbatches.mine
-
-    def expect(self, batch_size: int) -> None:
-        """Tell how many samples the next global batch has. Not collective; the same on all ranks.
-
-        With `microbatches` = V the gradient of one that has 1/V of these is added as it is, and
-        need not be multiplied by anything. By default V times the first that is ever computed.
-        """
-        if self._microbatches is not None:
-            self._microbatches.unit = batch_size / self._microbatches.tree.leaves
 
     def step(self, weight: float | None = None) -> None:
         """Average the gradients over ranks, update, and forget the gradients. Collective.
@@ -217,8 +206,6 @@ class DataParallel:
         if self._accumulation is None:
             self._apply(weight, problem)
             return
-        if self._buffer_mean is not None:
-            self._buffer_mean.take()
         self._accumulation.add(weight, problem)
         self._forget()
         if self._accumulation.passes == self._accumulation.needed:
@@ -236,6 +223,9 @@ class DataParallel:
 
     def _apply(self, weight: float, problem: MpidlError | None) -> None:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
+        # Here nobody writes to parameters: all have read them in backward, and none has gone on.
+        if self.audit.every and not self._asynchronous and not (self._local and self._local.due):
+            self.audit.count(self.steps)
         with nullcontext() if self._local is None else self._local.counted(self.buckets):
             self._average_and_update(weight, problem)
         if self._local is not None and not self._local.due:
@@ -247,26 +237,28 @@ class DataParallel:
             averaged, irregular = self._overlap.finish(weight)
             problem = problem or irregular
         world = self.world if self._local is None else self._local.world
-        if self._asynchronous:
-            if problem is not None:
-                raise problem
-            total = weight or 1.0
-            self.stop_requested = self._stops
-        else:
-            asked = [weight, problem is not None, self._stops]
-            total, problems, stops = map(float, world.sum(asked))
-            if self._local is None:
-                self.stop_requested = stops > 0
-            if problems:
-                world.agree(problem)
-            if total == 0 and self._local is None:
+        begin = world.mark.note if self._asynchronous else world.mark.enter
+        with begin("step {}", (self.steps,)):
+            self._update(world, weight, problem, averaged=averaged)
+
+    def _update(
+        self, world: World, weight: float, problem: MpidlError | None, *, averaged: bool
+    ) -> None:
+        total, stops = weight or 1.0, self._stops
+        if not self._asynchronous:
+            total, stops = weigh(world, f"step {self.steps}", weight, problem, stops=stops)
+        elif problem is not None:
+            raise problem
+        if self._local is None:
+            self.stop_requested = stops
+            if total == 0:
                 world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         try:
             if total:
-                unit = weight if self._microbatches is None else self._microbatches.unit
+                unit = weight if self.microbatches is None else self.microbatches.unit
                 self.update.make(unit / total, self.steps, averaged=averaged)
-                if self._buffer_mean is not None:
-                    self._buffer_mean.publish(unit / total)
+                if self.microbatches is not None:
+                    self.microbatches.means.publish(unit / total)
         finally:
             self._forget()  # they are no longer this rank's own
         self.steps += 1
@@ -304,7 +296,7 @@ class DataParallel:
         For models whose layers keep statistics of each rank's own samples: before evaluation, say.
         Buffers of float32 that are equal on all ranks keep their bits.
         """
-        if self._buffer_mean is None:  # otherwise they are equal
+        if self.microbatches is None:  # otherwise they are equal
             average_over_ranks(self.model, self.world)
 
     def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
@@ -321,8 +313,8 @@ class DataParallel:
     def restart(self) -> None:
         """Go on with the values that parameters and buffers now have. Collective."""
         self.update.restart()
-        if self._buffer_mean is not None:
-            self._buffer_mean.restart()
+        if self.microbatches is not None:
+            self.microbatches.means.restart()
 
     def close(self) -> None:
         """Give back what the strategy took. Not collective.

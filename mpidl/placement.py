@@ -44,7 +44,10 @@ class Placement:
             for name, part in flat.slices().items():
                 values[part] = self._trained[name].data.reshape(-1)
             for part in staging.chunks(values):
-                with staging.host(values[part], read=root, write=not root) as buffer:
+                with (
+                    staging.host(values[part], read=root, write=not root) as buffer,
+                    world.mark.enter("broadcast of parameters"),
+                ):
                     world.comm.Bcast(buffer)
             owned = strategy.owned(flat.param.size)
             flat.param[owned] = values[owned]

@@ -81,7 +81,8 @@ class Reducer(threading.Thread):
         known = self.samples is not None and math.isfinite(self.samples)
         counts = np.array([self.samples if known else 0, not known], np.float64)
         world = self._world
-        world.wait([world.comm.Iallreduce(world.MPI.IN_PLACE, counts)])
+        with world.mark.enter("sum of samples"):
+            world.wait([world.comm.Iallreduce(world.MPI.IN_PLACE, counts)])
         total, unknown = counts.tolist()
         if unknown or not total:
             return
@@ -96,8 +97,10 @@ class Reducer(threading.Thread):
                 for i in group:
                     self._buckets[i].grad.fill(0)
             grads = [self._buckets[i].grad for i in group]
-            for i, part, mean in self._strategy.stream(grads, self.samples / total):
-                self._keep(grads[i], part, mean)
+            with world.mark.enter("average of buckets {}", (group,)):
+                for i, part, mean in self._strategy.stream(grads, self.samples / total):
+                    self._keep(grads[i], part, mean)
+                    world.mark.progress += 1
             self.seconds.append(time.perf_counter() - start)
         self.total = total
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs, data, exact, nn, progress, signals
 from mpidl.array import is_device
 from mpidl.done import Done
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, NonFinite
+from mpidl.evaluation import mean_of, means
 from mpidl.loss_sum import LossSum
-from mpidl.nn.predict import evaluating
 from mpidl.parallel import DataParallel
 from mpidl.world import World, current
 
@@ -67,14 +67,13 @@ class Trainer:
         checkpoint_every: also every so many updates, or so much time (a `datetime.timedelta`).
         keep, best: the last so many are kept, and the best: "loss" for that with the smallest,
             ("accuracy", "max") for the largest; of `Epoch.metrics`, else `Epoch.loss`.
-        resume: "auto" goes on from the newest complete one in `checkpoint`, if there is one: `fit`
-            then returns also what was done before. A damaged one is passed over, with a warning.
-            True if there must be one, or a path; False begins anew.
+        resume: "auto" goes on from the newest complete one in `checkpoint`, if any, with a warning
+            for a damaged one: `fit` then returns also what was done before. True if there must be
+            one, or a path; False begins anew.
         out: folder for `config.json` and `metrics.jsonl`, written by rank 0, whose word counts.
         settings: what else `config.json` is to hold.
         quiet: show no progress.
-        elastic: go on when ranks are killed, with those that are left; see `mpidl.elastic`. `world`
-            and `replica` are then others.
+        elastic: go on when ranks are killed, with others as `world` and `replica`: `mpidl.elastic`.
     """
 
     def __init__(
@@ -100,6 +99,7 @@ class Trainer:
         keep: int = 3,
         best: str | tuple[str, str] | None = None,
         resume: str | Path | bool = "auto",
+        audit_every: int = 1000,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
@@ -124,10 +124,10 @@ class Trainer:
             "clip_value": clip_value,
             "accumulate": accumulate,
             "microbatches": microbatches,
+            "audit_every": audit_every,
         }  #: of `DataParallel`
-        self.optimizer = optimizer
+        self.optimizer, self.microbatches = optimizer, microbatches
         self.replicate()
-        self.microbatches = microbatches
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
         self.epochs = 0  #: done so far, in all calls of `fit`
@@ -167,7 +167,8 @@ class Trainer:
         the noise of layers (dropout) depend on (seed, epoch, step) and the place in the batch.
         Returns one `Epoch` each. `evaluate` is measured after every epoch. A second call goes on
         where the first ended. Raises on every rank InvalidArgument for epochs below 0 or a batch
-        size that is missing, RankMismatch where the ranks differ in what they pass, and what
+        size that is missing, RankMismatch where the ranks differ in what they pass, NonFinite at
+        the end of an epoch whose loss, or a parameter, is NaN or infinity, and what
         `data.batches` and `DataParallel.step` raise.
         """
         if self._elastic is not None:
@@ -191,7 +192,7 @@ class Trainer:
             if isinstance(train, data.Loader) and train.microbatches != self.microbatches:
                 raise InvalidArgument(
                     f"a Loader of microbatches={train.microbatches}, and a Trainer of "
-                    f"microbatches={self.microbatches}: expected the same"
+                    f"microbatches={self.options['microbatches']}: expected the same"
                 )
             if (batch_size is None) != isinstance(train, data.Loader):
                 raise InvalidArgument(f"{batch_size=}: expected for a data set, not for a Loader")
@@ -260,8 +261,6 @@ class Trainer:
         with self.world.together():
             if len(dataset) == 0:
                 raise InvalidArgument("evaluate: the data set is empty")
-        functions: dict[str, Metric] = {"loss": self.loss, **self.metrics}
-        sums: list[list[float]] = [[] for _ in functions]  # of each microbatch or shard
         batches = data.batches(
             dataset,
             min(batch_size, len(dataset)),
@@ -270,22 +269,7 @@ class Trainer:
             device=self.device,
             microbatches=self.microbatches,
         )
-        with evaluating(self.model):
-            for x, y in batches:
-                if len(x) == 0:  # other ranks have samples; a mean over none may be NaN
-                    continue
-                output = self.model(x)
-                for found, function in zip(sums, functions.values(), strict=True):
-                    found.append(float(function(output, y)) * len(x))
-        return dict(zip(functions, self._means(sums, len(dataset)), strict=True))
-
-    def _means(self, sums: list[list[float]], samples: int) -> list[float]:
-        """Return the means over `samples`, given lists of sums over some. Collective.
-
-        They are added up without error: the same bits, whoever made which of them.
-        """
-        ranks = self.world.gather(sums)
-        return [exact.total(chain(*found)) / samples for found in zip(*ranks, strict=True)]
+        return means(self.world, self.model, {"loss": self.loss, **self.metrics}, batches)
 
     def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
         """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
@@ -299,12 +283,13 @@ class Trainer:
         start = time.perf_counter() - spent
         for shard, (x, y) in zip(batches.shards(), batches, strict=True):
             nn.random.reseed(batches.seed, batches.epoch, shard.step, shard.first)
-            self.replica.expect(shard.batch_size)
+            if self.replica.microbatches is not None:
+                self.replica.microbatches.expect(shard.batch_size)
             if len(x) or joins:
                 loss = self.loss(self.model(x), y)
                 loss.backward()
             if len(x):
-                losses.add(loss.data, len(x))
+                losses.add(loss.data, len(x), shard.step)
             self.replica.step(weight=len(x))
             if not shard.last:
                 continue
@@ -316,7 +301,18 @@ class Trainer:
         self.replica.average_buffers()
         sums = losses.parts()
         seconds = max(self.world.gather(time.perf_counter() - start))
-        return self._means([sums], len(batches.dataset))[0], seconds
+        mean = mean_of(self.world, sums, len(batches.dataset))
+        if not math.isfinite(mean):
+            self._tell_loss(losses, batches)
+        return mean, seconds
+
+    def _tell_loss(self, losses: LossSum, batches: data.Batches) -> None:
+        """Raise NonFinite on every rank, with the parameter if one is no number. Collective."""
+        self.replica.audit.look(self.replica.steps)
+        loss, step = exact.total(losses.parts()), losses.spoiled
+        since = "" if step is None else f", from step {step} of {len(batches)} on"
+        problem = NonFinite(f"epoch {batches.epoch + 1}: the loss is {loss}{since}")
+        self.world.agree(None if math.isfinite(loss) else problem)
 
     def close(self) -> None:
         """Give back what the strategy took. The model stays usable.

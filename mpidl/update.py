@@ -60,10 +60,12 @@ class Update:
             grads = [flat.grad for flat in self.buckets]
             for i, part, mean in self.strategy.stream(grads, weight):
                 grads[i][part] = mean
+                self.world.mark.progress += 1
             averaged = True
         if norm_first:
             factor = self._shorten(step)
         for i, flat in enumerate(self.buckets):
+            self.world.mark.at("bucket {} of step {}", (i, step))
             owned, optimizer = self._owned[i], self.optimizers[flat.group]
             param, grad = flat.param[owned], flat.grad[owned]
             means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
@@ -82,6 +84,7 @@ class Update:
         clips = factor != 1 or self.clip.bounds_late
         for part, mean in means:
             first = part.start - start
+            self.world.mark.progress += 1
             for block in blocks(mean, UPDATE_BLOCK_BYTES):
                 piece = mean[block]
                 if clips:

@@ -9,14 +9,15 @@ import sys
 import time
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidl import abort, array, mpi
+from mpidl import abort, array, config, mpi, watchdog
 from mpidl.errors import MpidlError, RankMismatch
+from mpidl.marks import Mark, shared, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ class World:
     members: tuple[tuple[int, ...], ...]  #: the ranks of each node, by local rank
     local: Any  #: mpi4py.MPI.Intracomm of this node's ranks, by local rank
     beside: bool = False  #: whether this is for a thread beside another one that computes
+    mark: Mark = field(default_factory=Mark, compare=False, repr=False)  #: what it is waiting in
 
     @classmethod
     def of(cls, MPI: Any, comm: Any) -> World:
@@ -71,11 +73,14 @@ class World:
             nodes=len(order),
             members=tuple(tuple(members[leader]) for leader in order),
             local=local,
+            mark=Mark(comm),
         )
 
     def for_thread(self) -> World:
         """Return the same ranks with communicators of their own, for another thread. Collective."""
-        return replace(World.of(self.MPI, self.comm), beside=True)
+        world = replace(World.of(self.MPI, self.comm), beside=True)
+        world.mark.checks = self.mark.checks
+        return world
 
     def on_node(self) -> World:
         """Return the ranks of this node alone. Not collective."""
@@ -87,6 +92,7 @@ class World:
             node=0,
             nodes=1,
             members=(tuple(range(self.local_size)),),
+            mark=Mark(self.local, checks=self.mark.checks),
         )
 
     def alone(self) -> World:
@@ -113,7 +119,8 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
-        self.comm.Barrier()
+        with self.mark.enter("barrier"):
+            self.comm.Barrier()
 
     def wait(self, requests: list[Any]) -> None:
         """Complete `requests`, in place; the core is free for others where it may take long.
@@ -151,7 +158,8 @@ class World:
         the ranks: "ranks 1, 3: ...", or "every rank: ..." where all say the same.
         """
         kind = type(problem) if isinstance(problem, MpidlError) else RankMismatch
-        problems = self.gather(None if problem is None else (kind, str(problem)))
+        with self.mark.enter("agree"):
+            problems = self.comm.allgather(None if problem is None else (kind, str(problem)))
         ranks: dict[str, list[int]] = {}
         for rank, found in enumerate(problems):
             if found is not None:
@@ -164,8 +172,7 @@ class World:
             failure: MpidlError = kind(message)
         except TypeError:  # a user's class, which takes other arguments
             failure = RankMismatch(message)
-        failure.collective = True
-        raise failure from (problem if isinstance(problem, MpidlError) else None)
+        raise shared(failure) from (problem if isinstance(problem, MpidlError) else None)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -201,21 +208,28 @@ class World:
     def _names(self, ranks: list[int]) -> str:
         if len(ranks) == self.size:
             return "every rank" if self.size > 1 else "rank 0"
-        listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-        return f"rank{'s' * (len(ranks) > 1)} {listed}"
+        return some(ranks)
 
     def broadcast(self, value: T, root: int = 0) -> T:
         """Return rank `root`'s object on every rank (pickled on the way). Collective."""
-        return self.comm.bcast(value, root)
+        with self.mark.enter("broadcast from rank {}", (root,)):
+            found: T = self.comm.bcast(value, root)
+        return found
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's object, by rank, on every rank (pickled on the way). Collective."""
-        return self.comm.allgather(value)
+        with self.mark.enter("gather"):
+            found: list[T] = self.comm.allgather(value)
+        return found
 
     def sum(self, values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the sum over ranks of `values` (k,), as float64, on every rank. Collective."""
         total = np.array(values, np.float64)
-        self.comm.Allreduce(self.MPI.IN_PLACE, total)
+        self.mark.enter("sum of {} numbers", (total.size,))
+        try:
+            self.comm.Allreduce(self.MPI.IN_PLACE, total)
+        finally:
+            self.mark.leave()
         return total
 
 
@@ -247,16 +261,29 @@ def current() -> World:
     return _world or init()
 
 
-def init(*, abort_on_error: bool = True) -> World:
+def init(
+    *, abort_on_error: bool = True, stall: str | None = None, check: str | None = None
+) -> World:
     """Start MPI, if it is not running, and return the world. Collective at the first call.
 
-    Works without a launcher too: then the world has one rank. With `abort_on_error`, a rank
-    that ends by an exception or by `sys.exit(n)` with n != 0 ends the whole job. (Where scripts
-    `raise SystemExit(n)` themselves, start them with `mpidl run` or `python -m mpi4py`.)
+    Works without a launcher too: then the world has one rank.
 
-    Raises MPINotFound, and LauncherMismatch where ranks started by one MPI load another.
+    Args:
+        abort_on_error: a rank that ends by an exception or by `sys.exit(n)` with n != 0 ends the
+            whole job. (Where scripts `raise SystemExit(n)` themselves, start them with `mpidl run`
+            or `python -m mpi4py`, or it takes as long as `stall`.)
+        stall: what becomes of a job in which ranks wait for others for MPIDL_STALL_SECONDS (60),
+            besides a report of who waits for whom: "abort" ends it, if nothing changes, with status
+            76; "warn" lets it go on. By default MPIDL_STALL, or else "abort". At the first call.
+        check: "collectives" compares what the ranks call, before each collective, and raises
+            RankMismatch on every rank where it differs. Costs time. By default MPIDL_CHECK.
+
+    Raises InvalidArgument for other values, MPINotFound, and LauncherMismatch where ranks started
+    by one MPI load another.
     """
     global _world
+    stall, checks = config.stall(stall), config.check(check)
+    seconds = config.stall_seconds()
     if _world is None:
         MPI = mpi.load()
         mpi.start(MPI)
@@ -265,6 +292,10 @@ def init(*, abort_on_error: bool = True) -> World:
             sys.stdout.reconfigure(line_buffering=True, write_through=False)
         _world = World.of(MPI, MPI.COMM_WORLD)
         array.bind_device(_world.local_rank)
+        watchdog.start(_world, seconds, stall)
+        check = checks
+    if check is not None:
+        _world.mark.checks = check == "collectives"
     if abort_on_error:
         abort.install(_world.comm, _world.MPI.Get_processor_name())
     else:

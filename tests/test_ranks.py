@@ -17,7 +17,8 @@ EVERYTHING = {("openmpi", 1), ("openmpi", 2), ("mpich", 2)}
 SOME = {
     ("openmpi", 3): (
         *(*CORE, "adasum", "asynchronous", "batch_norm", "codecs_training", "collectives"),
-        *("exchange", "local_steps", "microbatches", "overlap", "scaling", "shared", "trainer"),
+        *("audit", "exchange", "local_steps", "microbatches", "overlap"),
+        *("scaling", "shared", "trainer"),
     ),
     ("openmpi", 4): (*CORE, "adasum", "exchange", "microbatches"),
     ("mpich", 1): CORE,

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl.collectives.request import COMPARED, UNEQUAL
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
+from mpidl.marks import by_rank, some
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from mpidl.collectives.request import Description, Item
 
@@ -32,7 +33,7 @@ def compare(
     first = given[ranks[0]]
     if len(first) > 1 or any(names != first for names in given.values()):
         told = {r: " and ".join(_listed(names) for names in given[r]) for r in ranks}
-        return RankMismatch, f"groups of other members: {_by_rank(told)}"
+        return RankMismatch, f"groups of other members: {by_rank(told)}"
     for i, name in enumerate(first[0]):
         found = _differ({rank: items[rank][0].descriptions[i] for rank in ranks}, members, joined)
         if found is not None:
@@ -47,14 +48,14 @@ def _differ(
     problems = {rank: d.problem for rank, d in found.items() if d.problem}
     if problems:
         kind = InvalidArgument if len(problems) == len(found) else RankMismatch
-        return kind, _by_rank(problems)
+        return kind, by_rank(problems)
     one = next(iter(found.values()))
     for field in ("kind", "dtype", "device", *COMPARED.get(one.kind, ("splits", "root"))):
         told: dict[int, Any] = {rank: getattr(d, field) for rank, d in found.items()}
         if field == "shape" and one.kind in UNEQUAL:
             told = {rank: ("any", *shape[1:]) for rank, shape in told.items()}
         if len(set(told.values())) > 1:
-            return RankMismatch, f"{one.kind}: {field}: {_by_rank(told)}"
+            return RankMismatch, f"{one.kind}: {field}: {by_rank(told)}"
     if one.kind == "broadcast" and members[one.root] in joined:
         return RankMismatch, f"broadcast: rank {members[one.root]}, its root, has joined"
     if joined and (one.kind in ALL_TAKE_PART or one.op in NOT_OF_ZEROS):
@@ -64,21 +65,6 @@ def _differ(
             f"{what}: {some(joined)} {'has' if len(joined) == 1 else 'have'} joined",
         )
     return None
-
-
-def some(ranks: Iterable[int]) -> str:
-    """Return "rank 3", "ranks 0, 2"; no more than the first eight."""
-    listed = sorted(ranks)
-    text = ", ".join(map(str, listed[:8])) + (", ..." if len(listed) > 8 else "")
-    return f"rank{'s' * (len(listed) != 1)} {text}"
-
-
-def _by_rank(told: Mapping[int, Any]) -> str:
-    """Return "ranks 0, 2: this; rank 1: that"."""
-    ranks: dict[Any, list[int]] = {}
-    for rank, value in told.items():
-        ranks.setdefault(value, []).append(rank)
-    return "; ".join(f"{some(who)}: {value}" for value, who in ranks.items())
 
 
 def _listed(names: Sequence[str]) -> str:

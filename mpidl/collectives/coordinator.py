@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from mpidl.collectives.checks import Found, compare, some
+from mpidl.collectives.checks import Found, compare
 from mpidl.collectives.ids import IDS, Ids
 from mpidl.errors import InvalidArgument, RankMismatch
+from mpidl.marks import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

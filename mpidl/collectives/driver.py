@@ -18,9 +18,10 @@ from mpidl.collectives.coordinator import REMOVE, Answer, Coordinator
 from mpidl.collectives.execute import Executor, Plan, Task, absent, tasks_of
 from mpidl.collectives.ids import IDS
 from mpidl.collectives.known import FORGOT, Known
-from mpidl.collectives.link import ANSWER, BATCH, Link, pack, unpack
+from mpidl.collectives.messages import ANSWER, BATCH, pack, unpack
 from mpidl.collectives.stall import Stall
 from mpidl.collectives.timer import Timer, pause
+from mpidl.link import Link
 from mpidl.world import NAP_SECONDS
 
 if TYPE_CHECKING:
@@ -341,8 +342,7 @@ def _drained(found: deque[Any]) -> list[Any]:
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 
-def _stop_all() -> None:
-    """End the threads: none may outlive MPI_Finalize."""
+def _stop_all() -> None:  # no thread may outlive MPI_Finalize
     for driver in list(_drivers):
         driver.stop()
 

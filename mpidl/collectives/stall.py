@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, final
 
-from mpidl.collectives.checks import some
+from mpidl.marks import some
 
 if TYPE_CHECKING:
     from mpidl.collectives.coordinator import Coordinator

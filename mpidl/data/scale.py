@@ -125,8 +125,9 @@ class MinMaxScaler(Scaler):
                 np.minimum(low, to_numpy(x.min(axis=0)), out=low)
                 np.maximum(high, to_numpy(x.max(axis=0)), out=high)
         if world is not None:
-            world.comm.Allreduce(world.MPI.IN_PLACE, low, world.MPI.MIN)
-            world.comm.Allreduce(world.MPI.IN_PLACE, high, world.MPI.MAX)
+            with world.mark.enter("least and greatest of {} features", (low.size,)):
+                world.comm.Allreduce(world.MPI.IN_PLACE, low, world.MPI.MIN)
+                world.comm.Allreduce(world.MPI.IN_PLACE, high, world.MPI.MAX)
         return cls(low, np.where(high > low, high - low, 1))
 
 

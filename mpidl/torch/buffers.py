@@ -43,7 +43,8 @@ class Buffers:
         with torch.no_grad():
             for same in by_dtype.values():
                 packed = torch.cat([b.reshape(-1) for b in same]).cpu()
-                self._world.comm.Bcast(packed.view(torch.uint8).numpy(), root)
+                with self._world.mark.enter("broadcast of buffers"):
+                    self._world.comm.Bcast(packed.view(torch.uint8).numpy(), root)
                 if self._world.rank == root:
                     continue
                 parts = packed.split([b.numel() for b in same])

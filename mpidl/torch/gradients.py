@@ -163,11 +163,13 @@ class Gradients:
             self.world.agree(problem)
         if not total:
             return 0.0
-        if not averaged:
-            for i, part, mean in self.strategy.stream(self._arrays, unit / total):
-                self.strategy.keep(self._arrays[i], part, mean)
-        for grad in self._arrays:
-            self.strategy.complete(grad)
+        with self.world.mark.enter("average of gradients"):
+            if not averaged:
+                for i, part, mean in self.strategy.stream(self._arrays, unit / total):
+                    self.strategy.keep(self._arrays[i], part, mean)
+                    self.world.mark.progress += 1
+            for grad in self._arrays:
+                self.strategy.complete(grad)
         self._show(self._used(missing) if unused else None)
         if self.buffers is not None:
             self.buffers.broadcast(0 if leads else self._first(weight))
@@ -196,7 +198,9 @@ class Gradients:
     def _first(self, weight: float) -> int:
         """Return the lowest rank that has samples. Collective."""
         world = self.world
-        lowest: int = world.comm.allreduce(world.rank if weight else world.size, world.MPI.MIN)
+        with world.mark.enter("choice of the rank that gives buffers"):
+            mine = world.rank if weight else world.size
+            lowest: int = world.comm.allreduce(mine, world.MPI.MIN)
         return lowest
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -221,7 +225,8 @@ class Gradients:
         """Return which places any rank has a gradient for. Collective."""
         used = np.ones(len(self.places), np.uint8)
         used[missing] = 0
-        self.world.comm.Allreduce(self.world.MPI.IN_PLACE, used, op=self.world.MPI.MAX)
+        with self.world.mark.enter("parameters in use"):
+            self.world.comm.Allreduce(self.world.MPI.IN_PLACE, used, op=self.world.MPI.MAX)
         return used.astype(bool).tolist()
 
     def _show(self, used: list[bool] | None) -> None:

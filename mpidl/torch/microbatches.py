@@ -47,14 +47,14 @@ class Loop:
         self.seed = world.broadcast(torch.initial_seed())
         self.step = 0
         self._world, self._gradients = world, gradients
-        self._means = BufferMean(lambda: _floats(module), choice.strategy)
+        means = BufferMean(lambda: _floats(module), choice.strategy)
         self._others = Buffers(module, world, counts=lambda b: b.dtype not in MEANS)
-        self.sums = Microbatches(number, world, [*buckets, *self._means.buckets], choice.partials)
+        self.sums = Microbatches(number, world, buckets, choice.partials, means)
         gradients.microbatches = self.sums
 
     def restart(self) -> None:
         """Begin with the buffers that are there now. Collective."""
-        self._means.restart()
+        self.sums.means.restart()
 
     def run(self, batch: tuple[Any, ...], dim: int) -> Iterator[Any]:
         """Yield parts of this rank's `batch`, and average at the end. Collective."""
@@ -82,14 +82,13 @@ class Loop:
                     yield _part(batch, dim, start - ends[0], end - ends[0])
                     if leaf == leading:
                         first = self._others.values()
-                self._means.take()
                 gradients.add_microbatch(float(end - start), problem)
         finally:
             torch.set_rng_state(generator)
             gradients.wanted = True
         if gradients.average():
             self.step += 1
-            self._means.publish(1 / leaves)
+            sums.means.publish(1 / leaves)
             self._others.restore(first)
             self._others.broadcast(sums.tree.holder(leading))
 

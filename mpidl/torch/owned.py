@@ -128,7 +128,8 @@ class OwnedSteps:
                 )
         self._take_over()
         if self._strategy.shared:  # nobody reads the old parameters any more
-            self._world.local.Barrier()
+            with self._world.mark.enter("start of optimizer.step()"):
+                self._world.local.Barrier()
         mine: list[list[Any]] = [[] for _ in groups]
         for shard in self.state.shards:
             place = self._places[shard.place]
@@ -148,8 +149,9 @@ class OwnedSteps:
         """Publish what was updated."""
         self._restore()
         self.state.keep()
-        for flat in self._buckets:
-            self._strategy.share(flat.param)
+        with self._world.mark.enter("end of optimizer.step()"):
+            for flat in self._buckets:
+                self._strategy.share(flat.param)
         torch.autograd.graph.increment_version([place.parameter for place in self._places])
 
     def _restore(self) -> None:

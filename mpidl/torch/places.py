@@ -136,8 +136,10 @@ def publish(
             value = values[name].detach()
             value = torch.view_as_real(value.contiguous()) if value.is_complex() else value
             packed[part] = value.reshape(-1).cpu()
-        for piece in bytes_in_pieces(packed):
-            world.comm.Bcast(piece)
+        with world.mark.enter("broadcast of parameters"):
+            for piece in bytes_in_pieces(packed):
+                world.comm.Bcast(piece)
+                world.mark.progress += 1
         owned = strategy.owned(flat.param.size)
         tensor(flat.param)[owned] = packed[owned].to(tensor(flat.param[:0]).device)
         strategy.share(flat.param)
@@ -147,8 +149,10 @@ def broadcast(tensors: Sequence[Any], world: World, root: int = 0) -> None:
     """Replace tensors, of any dtype, by rank `root`'s, one by one. Collective."""
     for t in tensors:
         host = t.detach().cpu().contiguous()
-        for piece in bytes_in_pieces(host):
-            world.comm.Bcast(piece, root)
+        with world.mark.enter("broadcast of a tensor {}", (tuple(t.shape),)):
+            for piece in bytes_in_pieces(host):
+                world.comm.Bcast(piece, root)
+                world.mark.progress += 1
         with torch.no_grad():
             t.copy_(host)
 

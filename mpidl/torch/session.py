@@ -15,8 +15,8 @@ import numpy as np
 from mpidl import abort
 from mpidl import world as worlds
 from mpidl.collectives import Engine, Request
-from mpidl.collectives.checks import some
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
+from mpidl.marks import some
 from mpidl.torch import process_sets as sets
 from mpidl.torch.errors import internal, on_all
 from mpidl.world import World

@@ -103,14 +103,14 @@ def test_mean_over_samples(parts: int, nodes: mpidl.World, rng: np.random.Genera
     model.weight.data, model.bias.data = np.zeros((1, 7)), np.zeros(1)
     replica = mpidl.DataParallel(model, optim.SGD(1.0), world=nodes, microbatches=parts)
     assert replica.microbatches is not None
-    for part in replica.microbatches:
+    for part in replica.microbatches.mine:
         rows = slice(ends[part], ends[part + 1])
         if sizes[part]:
             nn.mse(model(x[rows]), y[rows]).backward()
         else:
             (model(np.full((1, 7), np.nan)).sum() * np.nan).backward()
         replica.step(weight=float(sizes[part]))
-    if not replica.microbatches:
+    if not replica.microbatches.mine:
         replica.step(weight=0)
     assert replica.steps == 1
     np.testing.assert_allclose(model.weight.data, 2 * y.T @ x / len(x), rtol=1e-10, atol=1e-12)
@@ -124,11 +124,13 @@ def test_buffers_become_means_over_microbatches(
     x = rng.standard_normal((20, 3)).astype(np.float32)
     model = nn.BatchNorm1d(3)
     replica = mpidl.DataParallel(model, optim.SGD(0.1), world=world, microbatches=4)
+    assert replica.microbatches is not None
+    mine = replica.microbatches.mine
     for _ in range(2):
-        for part in replica.microbatches or ():
+        for part in mine:
             model(x[5 * part : 5 * part + 5]).sum().backward()
             replica.step()
-        if not replica.microbatches:
+        if not replica.microbatches.mine:
             replica.step(weight=0)
     mean = x.mean(0)
     np.testing.assert_allclose(model.running_mean.data, 0.1 * mean * 1.9, rtol=1e-4, atol=1e-6)

@@ -16,7 +16,7 @@ from mpidl.collectives.coordinator import Answer, Coordinator
 from mpidl.collectives.halves import Halves, shares
 from mpidl.collectives.ids import IDS
 from mpidl.collectives.known import Known
-from mpidl.collectives.link import pack, unpack
+from mpidl.collectives.messages import pack, unpack
 from mpidl.collectives.request import Item, describe
 from mpidl.collectives.stall import Stall
 from mpidl.collectives.sums import scale

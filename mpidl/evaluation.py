@@ -1,0 +1,41 @@
+"""Means over a data set that the ranks share."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from mpidl import exact
+from mpidl.nn.predict import evaluating
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpidl.data import Batches
+    from mpidl.nn import Module
+    from mpidl.trainer import Metric
+    from mpidl.world import World
+
+
+def means(
+    world: World, model: Module, functions: Mapping[str, Metric], batches: Batches
+) -> dict[str, float]:
+    """Return the mean of each function (output, target) over all samples. Collective."""
+    sums: dict[str, list[float]] = {name: [] for name in functions}  # of each call of the model
+    with evaluating(model):
+        for x, y in batches:
+            if len(x) == 0:  # other ranks have samples; a mean over none may be NaN
+                continue
+            output = model(x)
+            for name, function in functions.items():
+                sums[name].append(float(function(output, y)) * len(x))
+    samples = len(batches.dataset)
+    return {name: mean_of(world, found, samples) for name, found in sums.items()}
+
+
+def mean_of(world: World, sums: Sequence[float], samples: int) -> float:
+    """Return the mean over `samples`, given sums over some of them. Collective.
+
+    They are added up without error: the same bits, whoever made which of them.
+    """
+    return exact.total(chain(*world.gather(sums))) / samples

@@ -1,0 +1,31 @@
+"""The one sum that ranks make in each step besides their gradients'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpidl.errors import RankMismatch
+
+if TYPE_CHECKING:
+    from mpidl.errors import MpidlError
+    from mpidl.world import World
+
+
+def weigh(
+    world: World, step: str, weight: float, problem: MpidlError | None, *, stops: bool
+) -> tuple[float, bool]:
+    """Return the samples of all ranks, and whether any of them wants to stop. Collective.
+
+    Raises on every rank the problem that any rank has; and RankMismatch where this rank sees that
+    not all have made as many collective calls, by itself: where the others are nobody knows.
+    """
+    calls = world.mark.calls & 0xFFFF  # compared as in `average.mean`
+    sums = world.sum([weight, problem is not None, stops, calls, calls * calls])
+    if int(sums[3]) ** 2 != world.size * int(sums[4]):
+        raise RankMismatch(
+            f"{step}: a rank has made more collective calls than others, or fewer: "
+            "MPIDL_CHECK=collectives tells where they part"
+        )
+    if sums[1]:
+        world.agree(problem)
+    return float(sums[0]), bool(sums[2])

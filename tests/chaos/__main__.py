@@ -64,7 +64,7 @@ def report(trial: Trial, seed: int, verdict: Verdict, made: run.Run) -> str:
     lines += [str(trial), "  happened:"]
     for fault in run.told(made.folder, "faults/*.json").values():
         lines.append(f"    {fault}")
-    lines += [f"  output:\n{made.output[-6000:]}"]
+    lines += [f"  output:\n{made.output[-4000:]}"]
     lines += [f"again: python -m tests.chaos --only {trial.number} --seed {seed}"]
     return "\n".join(lines)
 

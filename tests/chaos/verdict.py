@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tests.chaos.trial import Trial
 
 #: Lines of output that are explained: pattern -> why they come.
-KNOWN: dict[str, str] = {}
+KNOWN: dict[str, str] = {
+    r"^NBC_Progress: an error \d+ was found": "Open MPI's non-blocking calls end as a rank dies",
+}
 TOLERANCE = 1e-9  # relative, in float64, after all steps
 WRONG = re.compile(r"traceback|error|warning|abort|fail|corrupt|segmentation", re.IGNORECASE)
 

@@ -3,7 +3,10 @@
 `import mpidl` starts nothing; `mpidl.init()` starts MPI.
 """
 
-from mpidl import autograd, checkpoint, data, errors, functional, nn, optim, signals, strategies
+from importlib import import_module
+from typing import Any
+
+from mpidl import autograd, data, errors, functional, nn, optim, signals, strategies
 from mpidl.autograd import Tensor, no_grad, tensor
 from mpidl.average import average
 from mpidl.errors import MpidlError
@@ -39,3 +42,10 @@ __all__ = [
     "strategies",
     "tensor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what most scripts do not need, when it is asked for."""
+    if name == "checkpoint":
+        return import_module("mpidl.checkpoint")
+    raise AttributeError(f"module 'mpidl' has no attribute {name!r}")

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpidl import abort, config, data, world
+from mpidl import abort, config, data, watchdog, world
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.saver import Saver
 from mpidl.errors import InvalidArgument, MpidlError
@@ -184,6 +184,7 @@ def shrunk(ranks: World) -> World:
     left = world.World.of(ranks.MPI, ranks.comm.Shrink())
     world.replace_current(left)
     abort.end_without_finalizing(left.comm)
+    watchdog.again(left)
     return left
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mpidl.errors import InvalidArgument
+from mpidl.publisher import Publisher
 from mpidl.reducer import Reducer
 
 if TYPE_CHECKING:
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
     from mpidl.strategies import Strategy
     from mpidl.world import World
 
-WATCHED, MEASURED, TRIED = 3, 3, 4  # steps
 FIRST_BYTES = 1 << 20  # of the first group: communication begins early
-GROUP_BYTES = 4 << 20  # of the others, at first
+# Of the others, in each step that is measured: of sizes much alike one cannot tell what a group
+# costs from what its bytes cost.
+GROUP_BYTES = (4 << 20, 1 << 20, 16 << 20)
+WATCHED, MEASURED, TRIED = 3, len(GROUP_BYTES), 4  # steps
 ADVICE = "pass overlap=False"
 
 
@@ -69,16 +73,17 @@ class Overlap:
         self._beside, self._samples, self._asked, self._keeps = beside, samples, asked, keeps
         self._nbytes = [flat.grad.nbytes for flat in buckets]
         self._tunes = group_bytes is None
-        self.groups = grouped(self._nbytes, group_bytes or GROUP_BYTES)
+        self.groups = grouped(self._nbytes, group_bytes or GROUP_BYTES[0])
         self._steps = 0
         self._irregular: str | None = None
         self._reducer: Reducer | None = None
+        self._publisher: Publisher | None = None  # of the step before
         self._start: float | None = None  # of this step's first gradient
         self._finished: float | None = None  # when, the step before
         self._seconds: list[float] = []  # of whole steps, of which the first are timed
         self._first_samples: float | None = None  # that were counted by then
         self._ready_at: list[np.ndarray[Any, Any]] = []  # of each bucket, in each step; seconds
-        self._spent: list[list[float]] = []  # on each group
+        self._spent: list[tuple[list[int], list[float]]] = []  # bytes and seconds of each group
         self._bucket_of: dict[int, int] = {}
         complete = weakref.WeakMethod(self._complete)
 
@@ -121,7 +126,7 @@ class Overlap:
                     f"went on: {ADVICE}"
                 )
             if averaged and self._tunes:
-                self._spent.append(self._reducer.seconds)
+                self._note(self._reducer.seconds)
         if self._tunes:
             self._ready_at.append(self._times)
         self._reset()
@@ -134,6 +139,22 @@ class Overlap:
         self._tunes &= self.active or self._steps < WATCHED
         self._tunes &= self._steps < WATCHED + MEASURED
         return averaged, problem
+
+    def publish(self) -> list[Callable[[], None]]:
+        """Begin to publish the parameters, as updated after `finish`; in a thread. Collective.
+
+        Returns a function for each bucket that waits until its parameters have come, and raises
+        what went wrong. The last bucket, of the first layers, comes first: forward needs it first.
+        """
+        publisher = Publisher(self.strategy, [flat.param for flat in reversed(self.buckets)])
+        publisher.start()
+        self._publisher = publisher
+        return [partial(publisher.wait, i) for i in reversed(range(len(self.buckets)))]
+
+    def synchronize(self) -> None:
+        """Wait until parameters are published, and raise what went wrong. Not collective."""
+        if self._publisher is not None:
+            self._publisher.end()
 
     def forget(self) -> None:
         """Note that the gradients so far are not for a step. Raises where some are averaged."""
@@ -152,6 +173,8 @@ class Overlap:
         self.active = False
         if self._reducer is not None:
             self._reducer.abandon()
+        if self._publisher is not None:
+            self._publisher.join()
         for remove in self._removals:
             remove()
 
@@ -183,7 +206,13 @@ class Overlap:
 
     def _begin(self, samples: float | None) -> None:
         self._reducer = Reducer(
-            self._beside, self.strategy, self.buckets, self.groups, samples, keeps=self._keeps
+            self._beside,
+            self.strategy,
+            self.buckets,
+            self.groups,
+            samples,
+            keeps=self._keeps,
+            after=self._publisher,
         )
         self._reducer.start()
 
@@ -211,6 +240,15 @@ class Overlap:
         if overlapped > plain:
             self.close()
 
+    def _note(self, seconds: list[float]) -> None:
+        """Keep what each group took, and try others in the next step."""
+        self._spent.append((self._sizes(), seconds))
+        self.groups = grouped(self._nbytes, GROUP_BYTES[len(self._spent) % len(GROUP_BYTES)])
+
+    def _sizes(self) -> list[int]:
+        """Return the bytes of each group."""
+        return [sum(self._nbytes[i] for i in group) for group in self.groups]
+
     def _tune(self) -> None:
         """Choose the groups for which the last bucket is averaged the soonest. Collective."""
         times = self.world.gather((np.mean(self._ready_at, axis=0), self._spent))
@@ -218,9 +256,9 @@ class Overlap:
         if not self._spent:  # on no rank
             return
         in_order = np.maximum.accumulate(ready).tolist()  # a bucket waits for those before it
-        spent = np.median([seconds for _, found in times for seconds in found], axis=0).tolist()
-        sizes = [sum(self._nbytes[i] for i in group) for group in self.groups]
-        latency, per_byte = fit(sizes, spent)
+        sizes = np.concatenate([sizes for sizes, _ in self._spent])
+        spent = [np.concatenate([seconds for _, seconds in found]) for _, found in times]
+        latency, per_byte = fit(sizes.tolist(), np.median(spent, axis=0).tolist())
         candidates = [grouped(self._nbytes, 1 << power) for power in range(16, 33)]
         ends = [last_end(g, in_order, self._nbytes, latency, per_byte) for g in candidates]
         # rank 0's numbers count; of equals the largest: fewer messages

@@ -11,6 +11,7 @@ from mpidl.arguments import check_options, check_parameters
 from mpidl.array import Array, is_device
 from mpidl.asynchronous import AsynchronousUpdate
 from mpidl.audit import Audit
+from mpidl.autograd.pending import defer_each
 from mpidl.buffers import BufferMean, average_over_ranks, of_floats
 from mpidl.errors import MissingBackward, MpidlError
 from mpidl.local_steps import LocalSteps
@@ -52,17 +53,17 @@ class DataParallel:
         strategy: a name in `strategies.STRATEGIES`, a strategy, or "auto": `choice` then tells
             which, and why.
         local_steps: local SGD: every so many steps the parameters are averaged over all ranks; the
-            steps between use the gradients of this rank alone, or, where the ranks of a node share
-            their parameters ("hierarchical"), of this node. See `synchronize`.
-        codec: a name in `codecs.CODECS` or a codec, for a strategy that moves the bytes itself:
-            what it sends to other nodes takes fewer bytes, and is less exact.
+            steps between use the gradients of this rank alone, or of this node, where its ranks
+            share their parameters ("hierarchical"). See `synchronize`.
+        codec: a name in `codecs.CODECS` or a codec, for a strategy that moves the bytes itself: it
+            sends fewer to other nodes, and is less exact.
         world: by default `mpidl.init()`.
         check_finite: look at every gradient before it is averaged, and raise NonFiniteGradient
             instead of spoiling the model. Costs one pass over the gradients.
         clip_value: bring every element of the averaged gradient into [-clip_value, clip_value].
         clip_norm: then shorten it to this Euclidean norm, over all parameters, if it is longer.
             No bucket is updated before all are averaged. See `step`.
-        accumulate: this many calls of `step` make one update. See `step` and `flush`.
+        accumulate: this many calls of `step` make one update. See `flush`.
         microbatches: cut each global batch in this many parts, for the same bits on any number of
             ranks (docs/same_bits.md): `microbatches.mine` are those that this rank computes, with a
             call of `step` after each; one without samples where it has none. Buffers of floats
@@ -70,6 +71,7 @@ class DataParallel:
         overlap: average each bucket while backward goes on to make the others, in a thread; the
             results are the same. Some steps are watched first: in each, every parameter's gradient
             must come in one backward, for the rows counted. "auto": where there are several nodes.
+            Updated parameters travel while the next forward begins: who reads one's `data` waits.
             Gradients are then nobody else's from backward to `step`. Not with `accumulate`,
             `microbatches`, `check_finite`, a strategy given as an instance or on a GPU, nor without
             MPI_THREAD_MULTIPLE. True: also on one node, and warns where it cannot be.
@@ -253,14 +255,17 @@ class DataParallel:
             self.stop_requested = stops
             if total == 0:
                 world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
+        unit = weight if self.microbatches is None else self.microbatches.unit
         try:
             if total:
-                unit = weight if self.microbatches is None else self.microbatches.unit
                 self.update.make(unit / total, self.steps, averaged=averaged)
-                if self.microbatches is not None:
-                    self.microbatches.means.publish(unit / total)
         finally:
             self._forget()  # they are no longer this rank's own
+        if averaged and self._overlap is not None:  # they come while the next forward begins
+            groups = [[self.parameters[name] for name in flat.places] for flat in self.buckets]
+            defer_each(groups, self._overlap.publish())
+        if total and self.microbatches is not None:
+            self.microbatches.means.publish(unit / total)
         self.steps += 1
 
     @property
@@ -272,6 +277,8 @@ class DataParallel:
 
         They are already, without that option. For the end of an epoch, say.
         """
+        if self._overlap is not None:
+            self._overlap.synchronize()
         self.update.synchronize()
         if self._local is not None and self._local.due:
             self._local.average(self.buckets)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpidl.array import is_device, namespace, to_numpy
+from mpidl.autograd.pending import settle
 from mpidl.errors import InvalidArgument, NonFiniteGradient
 from mpidl.staging import Staging
 
@@ -124,6 +125,7 @@ class Placement:
     def release(self) -> None:
         """Move the parameters to memory that is this rank's alone."""
         for parameter in self._trained.values():
+            settle(parameter)
             parameter.drop_grad()
             parameter.data = parameter.data.copy()
         self._places.clear()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array
     from mpidl.bucket import Bucket
+    from mpidl.publisher import Publisher
     from mpidl.strategies import Strategy
     from mpidl.world import World
 
@@ -25,10 +26,11 @@ class Reducer(threading.Thread):
     those of a non-blocking call only while somebody calls MPI. The order of the groups is fixed,
     whatever the order in which gradients come: ranks agree without asking.
 
-    Afterwards each bucket's gradient holds the mean in its owned part; with `keeps`, where
-    `Strategy.complete` wants it. `samples` behind this rank's
-    gradients are told at the start; None where they are not known. Where that is so on any rank,
-    nothing is averaged, and `total` stays 0.
+    It begins when `after`, which publishes the parameters of the step before, has ended. Afterwards
+    each bucket's gradient holds the mean in its owned part; with `keeps`, where
+    `Strategy.complete` wants it. `samples` behind this rank's gradients are told at the start;
+    None where they are not known. Where that is so on any rank, nothing is averaged, and `total`
+    stays 0.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Reducer(threading.Thread):
         samples: float | None,
         *,
         keeps: bool = False,
+        after: Publisher | None = None,
     ) -> None:
         super().__init__(name="mpidl reducer", daemon=True)
         self.samples = samples
@@ -49,7 +52,7 @@ class Reducer(threading.Thread):
         self._world, self._strategy = world, strategy
         self._buckets, self._groups = buckets, groups
         self._ready = [threading.Event() for _ in buckets]
-        self._abandoned = False
+        self._abandoned, self._after = False, after
         self._keep = strategy.keep if keeps else _write
 
     def ready(self, bucket: int) -> None:
@@ -78,6 +81,8 @@ class Reducer(threading.Thread):
             self.error = error
 
     def _run(self) -> None:
+        if self._after is not None:
+            self._after.end()
         known = self.samples is not None and math.isfinite(self.samples)
         counts = np.array([self.samples if known else 0, not known], np.float64)
         world = self._world

@@ -50,11 +50,13 @@ class Update:
     def make(self, weight: float, step: int, *, averaged: bool = False) -> None:
         """Average the gradients, this rank's times `weight`, and update. Collective.
 
-        With `averaged` they are: the owned parts hold the means.
+        With `averaged` they are: the owned parts hold the means. The owned parts of parameters are
+        published then by whoever averaged them.
 
         Raises NonFiniteGradient on every rank, before anything is updated, where a norm is to be
         clipped that is not finite.
         """
+        publishes = not averaged
         norm_first, factor = self.clip.norm is not None, 1.0
         if norm_first and not averaged:  # it is over all buckets
             grads = [flat.grad for flat in self.buckets]
@@ -72,7 +74,8 @@ class Update:
             averages = self._blocks(means, owned.start, factor)
             optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
             check_used(optimizer, averages)
-            self.strategy.share(flat.param)
+            if publishes:
+                self.strategy.share(flat.param)
 
     def synchronize(self) -> None:
         """Nothing to do, unlike with `AsynchronousUpdate`: all ranks are in step."""

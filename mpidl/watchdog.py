@@ -17,9 +17,9 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-from mpidl import marks
+from mpidl import abort, marks
 from mpidl.errors import MpidlError
 from mpidl.hang import Halt, Place, State, Wait
 from mpidl.link import Link
@@ -54,6 +54,12 @@ def start(world: World, seconds: float, action: str) -> None:
     _watchdog = Watchdog(world, seconds, action) if world.size > 1 else None
 
 
+def again(world: World) -> None:
+    """Watch with the same settings, in a world of the ranks that are left. Collective."""
+    if _watchdog is not None:
+        start(world, _watchdog.limit, "abort" if _watchdog.ends else "warn")
+
+
 @final
 class Watchdog(threading.Thread):
     """The thread of one rank."""
@@ -76,8 +82,7 @@ class Watchdog(threading.Thread):
         # MPI_Finalize deletes the attributes of MPI_COMM_SELF first (MPI-4.1, section 11.2.4)
         self._key = self.MPI.Comm.Create_keyval(delete_fn=lambda *_: self.leave())
         self.MPI.COMM_SELF.Set_attr(self._key, self)
-        self.failed = False  # whether MPI ends this job, after Python's own end
-        self._watch_status()
+        abort.watch(self.MPI)
         self._collector = 0  # the rank to tell
         self._told_at: float | None = None  # when it was told, until it has answered
         self._due = self.limit  # seconds of waiting, when to tell it the next time
@@ -87,17 +92,6 @@ class Watchdog(threading.Thread):
         self._report_due = 0.0  # seconds of waiting, when to repeat it
         if self.limit:
             self.start()
-
-    def _watch_status(self) -> None:
-        """Take notice where `python -m mpi4py` has seen a script end badly."""
-        told: Any = getattr(self.MPI, "_set_abort_status", None)
-
-        def set_abort_status(status: int) -> None:
-            self.failed = True
-            told(status)
-
-        if told is not None:
-            self.MPI._set_abort_status = set_abort_status
 
     def run(self) -> None:
         """Look, until it is stopped."""
@@ -250,7 +244,7 @@ class Watchdog(threading.Thread):
         """
         if os.getpid() != self.process:  # a child's end
             return
-        if self.failed or self.ended or self.MPI.Is_finalized():
+        if abort.ends_all() or self.ended or self.MPI.Is_finalized():
             self.stop()
             return
         self.ended = True

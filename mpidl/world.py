@@ -151,6 +151,13 @@ class World:
         else:
             self.wait([self.local.Iallgather(self.MPI.IN_PLACE, values)])
 
+    def barrier_on_node(self) -> None:
+        """Wait for all ranks of this node. Collective. Leaves the core to others, as above."""
+        if self.nodes == 1 and not self.beside:
+            self.local.Barrier()
+        elif self.local_size > 1:
+            self.wait([self.local.Ibarrier()])
+
     def agree(self, problem: MpidlError | str | None) -> None:
         """Raise on every rank if any rank passes a problem. Collective.
 

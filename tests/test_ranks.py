@@ -18,7 +18,7 @@ SOME = {
     ("openmpi", 3): (
         *(*CORE, "adasum", "asynchronous", "batch_norm", "codecs_training", "collectives"),
         *("audit", "exchange", "local_steps", "microbatches", "overlap"),
-        *("scaling", "shared", "trainer"),
+        *("publishing", "scaling", "shared", "trainer"),
     ),
     ("openmpi", 4): (*CORE, "adasum", "exchange", "microbatches"),
     ("mpich", 1): CORE,

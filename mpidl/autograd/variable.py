@@ -27,7 +27,9 @@ class Variable:
     the leaf's own, or in a view of a bucket: see `bind`.
     """
 
-    __slots__ = ("__weakref__", "data", "frozen", "node", "uses")
+    arrive: Callable[[], None]  #: see `pending`
+
+    __slots__ = ("__weakref__", "arrive", "data", "frozen", "node", "uses")
 
     def __init__(self, data: Array, *, requires_grad: bool = False) -> None:
         if data.__class__ is not ndarray and not array.is_array(data):

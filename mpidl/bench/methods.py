@@ -77,7 +77,7 @@ def of_strategy(name: str, world: World, size: int) -> tuple[list[Method], Calla
 
     def together(weight: float) -> Array:
         mean: Array = strategy.average(grad, weight)  # type: ignore[attr-defined]
-        strategy.share(param)
+        strategy.release()  # type: ignore[attr-defined]
         return mean
 
     at_owner = Method(name, "reduce", grad, reduce, param, owned, keep=keep, weighted=True)

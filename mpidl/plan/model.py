@@ -135,7 +135,10 @@ def hierarchical(job: Job, topology: Topology, constants: Constants) -> Times:
     if low_rank:
         rounds_more = 2 * constants.wire.latency  # a second exchange
         return Times(wire + rounds_more + work + waiting, waiting, cost.wire)
-    return Times(max(wire, work) + waiting, waiting, cost.wire)
+    half = max(wire, work) / 2
+    if job.codec is None:  # sums to their owners, and parameters back
+        return Times(half + waiting, half + waiting, cost.wire)
+    return Times(2 * half + waiting, waiting, cost.wire)
 
 
 MODELS: dict[str, Model] = {
@@ -200,13 +203,15 @@ def step(compute: float, nbytes: float, found: Times) -> tuple[float, float]:
     """Return the seconds of a step without overlap, and with it.
 
     With: forward F, then backward B makes the k groups of a gradient one after the other, and each
-    is averaged, R / k, when it is there and the one before is done; `share` S follows the update.
-    F + max(B + R/k, B/k + R) + S. Averaging takes nothing from the cores that compute.
+    is averaged, R / k, when it is there and the one before is done; `share` S goes on in the next
+    forward, whose first layers come first. max(F + S/k, F/k + S) + max(B + R/k, B/k + R). Messages
+    take nothing from the cores that compute.
     """
-    groups = max(1, math.ceil(nbytes / GROUP_BYTES))
+    groups = max(1, math.ceil(nbytes / GROUP_BYTES[0]))
     forward, backward, reduce = FORWARD * compute, (1 - FORWARD) * compute, found.reduce
+    first = max(forward + found.share / groups, forward / groups + found.share)
     longest = max(backward + reduce / groups, backward / groups + reduce)
-    return compute + reduce + found.share, forward + longest + found.share
+    return compute + reduce + found.share, first + longest
 
 
 def _passes(count: float, job: Job, topology: Topology, constants: Constants) -> float:

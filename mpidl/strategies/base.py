@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from mpidl.array import aligned_zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -68,6 +68,13 @@ class Strategy(Protocol):
         From here on every rank reads the same values, and may write to its gradient again.
         """
 
+    def publish(self, params: Sequence[Array]) -> Iterator[int]:
+        """Share each of `params`, in order, and yield its number when that is done. Collective.
+
+        To `share` as `stream` is to `reduce`. `publish_in_turn` is for those that cannot begin
+        with an array before they have done with another.
+        """
+
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
         """Return sums over the whole array, given `values` (k,) over this rank's part. Collective.
 
@@ -83,6 +90,13 @@ def in_turn(strategy: Strategy, grads: Sequence[Array], weight: float) -> Stream
     for i, grad in enumerate(grads):
         for part, mean in strategy.reduce(grad, weight):
             yield i, part, mean
+
+
+def publish_in_turn(strategy: Strategy, params: Sequence[Array]) -> Iterator[int]:
+    """Share one array after the other."""
+    for i, param in enumerate(params):
+        strategy.share(param)
+        yield i
 
 
 def private(size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:

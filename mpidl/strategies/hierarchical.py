@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 import mmap
 import weakref
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
-from mpidl import codecs, exchange, shared
+from mpidl import codecs, exchange, node_sums, scatter_gather, shared
 from mpidl.array import ALIGNMENT_BYTES, GRAIN, UPDATE_BLOCK_BYTES, blocks
 from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import Exchange, Lane, Source
 from mpidl.lowrank import LowRank, Matrix
+from mpidl.scatter_gather import Addends, Piece, ScatterGather
 from mpidl.strategies.base import private
-from mpidl.tree import Tree, add, depth
+from mpidl.tree import Tree, depth
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -48,16 +51,18 @@ class Hierarchical:
        the owned parameters meanwhile: the mean itself is never written to memory;
     4. `share` waits for all peers to finish 3. Then 1 may begin again.
 
-    Between nodes, each rank exchanges its slice with those that own it there, all ranks of a node
-    at once: see `Exchange`. The sum on the node goes on while blocks are on their way. `codec`
-    makes them shorter; it is not used between ranks of a node, where nothing travels.
+    Between nodes, each node owns a part, and each of its ranks a slice of that: the sums of a node
+    go to the ranks that own them, and `share` brings back what these have updated, all ranks of a
+    node at once: see `ScatterGather`. Of the optimizer's state, too, each node has a part.
+
+    With a `codec` all nodes own everything: each rank exchanges its slice of sums with those that
+    own it elsewhere, and means come back, encoded both times: see `Exchange`. A codec is not used
+    between ranks of a node, where nothing travels.
 
     Each element is the sum over ranks in their order, node by node, whoever owns it: same bits in
     every run. With `microbatches` = V the ranks leave sums over subtrees of V microbatches in their
-    `partials`, which are added up by the rest of the `Tree`: same bits on any number of ranks. Not
-    with a codec.
-
-    Raises InvalidArgument for both.
+    `partials`, which are added up by the rest of the `Tree`: same bits on any number of ranks. All
+    nodes own everything then; not with a codec, for which InvalidArgument is raised.
     """
 
     shared: ClassVar[bool] = True
@@ -72,14 +77,19 @@ class Hierarchical:
                 "number of ranks: take one of them"
             )
         self.tree = None if microbatches is None else Tree.of(microbatches, world)
-        self.exchange = (
-            LowRank(world, self.codec)
-            if isinstance(self.codec, PowerSGD)
-            else Exchange(world, self.codec, self.tree)
-        )
+        self.exchange: LowRank | Exchange | ScatterGather
+        if isinstance(self.codec, PowerSGD):
+            self.exchange = LowRank(world, self.codec)
+        elif self.codec is None and self.tree is None:
+            self.exchange = ScatterGather(world)
+        else:
+            self.exchange = Exchange(world, self.codec, self.tree)
+        #: (size, rank, ranks) -> what a rank owns on a node
+        self._part = partial(node_sums.owned, LINE if self.tree is None else GRAIN)
         self._weights = np.empty(world.local_size)
         self._scratch: dict[np.dtype[Any], Array] = {}  # two blocks of each dtype
         self._known: dict[int, _Known] = {}  # by id of the gradient
+        self._pieces_of: dict[tuple[int, int], list[Piece]] = {}  # arrays of a size and itemsize
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return the node's parameter array and this rank's gradient (size,). Collective.
@@ -110,12 +120,12 @@ class Hierarchical:
         if grad.dtype not in self._scratch:
             rows = max([2, *map(depth, sums)])
             self._scratch[grad.dtype] = np.empty((rows, UPDATE_BLOCK_BYTES // grad.itemsize), dtype)
-        owned, lanes, state, homes = self.owned(size), [], {}, []
-        if self.world.nodes > 1:
+        lanes, state, homes = [], {}, []
+        if self.world.nodes > 1 and not isinstance(self.exchange, ScatterGather):
             lanes = list(exchange.lanes(size, self.world, self._part))
-            state = self.exchange.state(owned, lanes, grad.dtype, layout)
+            state = self.exchange.state(self.owned(size), lanes, grad.dtype, layout)
             homes = [np.empty_like(grad) for _ in sums[1:]]
-        known = _Known(owned, grads, grads[mine], sums, homes, lanes, state, layout)
+        known = _Known(grads, grads[mine], sums, homes, lanes, state, layout)
         self._known[id(grad)] = known
         weakref.finalize(grad, self._known.pop, id(grad)).atexit = False
         return param, grad
@@ -128,7 +138,14 @@ class Hierarchical:
 
     def owned(self, size: int) -> slice:
         """Return this rank's part: no two ranks of a node write to one cache line."""
+        if self._scatters:
+            return scatter_gather.owned(size, self.world, self._part)
         return self._part(size, self.world.local_rank, self.world.local_size)
+
+    @property
+    def _scatters(self) -> bool:
+        """Whether an element has one owner, and not one on each node."""
+        return self.world.nodes > 1 and isinstance(self.exchange, ScatterGather)
 
     def partials(self, grad: Array) -> list[Array]:
         """Return the arrays (n,) for this rank's sums over subtrees of microbatches, in order.
@@ -162,110 +179,43 @@ class Hierarchical:
         self._weights[self.world.local_rank] = weight
         self.world.gather_on_node(self._weights)
         weights: list[float] = self._weights.tolist()
-        sources = []
-        for grad in grads:
-            known = self._find(grad)
-            sums = self._sums(known, grad.dtype, weights)
-            if self.tree is not None:
-                sums = self._subtree_sums(known, grad.dtype, weight)
-            sources.append(
+        known = [self._find(grad) for grad in grads]
+        sums = [
+            self._sum(one, self._scratch[grad.dtype], weights)
+            for one, grad in zip(known, grads, strict=True)
+        ]
+        if self.world.nodes == 1:
+            for i, grad in enumerate(grads):
+                for part, mean in self._summed(grad, sums[i]):
+                    yield i, part, mean
+        elif isinstance(self.exchange, ScatterGather):
+            addends = [
+                Addends(g, partial(node_sums.write, g, k.grads, weights, total), self._pieces(g))
+                for g, k, total in zip(grads, known, sums, strict=True)
+            ]
+            yield from self.exchange.reduce(addends)
+        else:
+            sources = [
                 Source(
-                    grad,
-                    known.owned,
-                    sums,
-                    known.lanes,
-                    known.state,
-                    known.layout,
-                    known.homes,
-                    weight,
+                    *(g, self.owned(g.size), self._summed(g, total), k.lanes, k.state, k.layout),
+                    others=k.homes,
+                    weight=weight,
                 )
-            )
-        if self.world.nodes > 1:
+                for g, k, total in zip(grads, known, sums, strict=True)
+            ]
             yield from self.exchange.average(sources)
-            return
-        for number, source in enumerate(sources):
-            for part, mean in source.sums:
-                yield number, part, mean
 
-    def _sums(self, known: _Known, dtype: Any, weights: list[float]) -> Averages:
-        """Add up the owned slice of the weighted gradients on this node.
+    def _sum(
+        self, known: _Known, scratch: Array, weights: Sequence[float]
+    ) -> Callable[[slice], Array]:
+        """Return what adds up a part of the ranks' gradients on this node.
 
-        Equal weights, the usual case, are applied to the sum: one pass less.
+        With microbatches their weight, the same on all ranks, is applied to the sum over nodes.
         """
-        owned, peers = known.owned, known.grads
-        even, scratch = min(weights) == max(weights), self._scratch[dtype]
-        for block in blocks(peers[0][owned], UPDATE_BLOCK_BYTES):
-            part = slice(owned.start + block.start, owned.start + block.stop)
-            total, addend = scratch[:, : part.stop - part.start]
-            if even:
-                so_far = peers[0][part]
-                for peer in peers[1:]:
-                    so_far = np.add(so_far, peer[part], out=total)
-                np.multiply(so_far, weights[0], out=total)
-            else:
-                np.multiply(peers[0][part], weights[0], out=total)
-                for peer, w in zip(peers[1:], weights[1:], strict=True):
-                    total += np.multiply(peer[part], w, out=addend)
-            yield part, total
-
-    def _subtree_sums(self, known: _Known, dtype: Any, weight: float) -> Averages:
-        """Add up what the ranks of this node hold, in the order of the tree.
-
-        On one node `weight`, which is the same on all ranks, is applied to the sum. Between nodes
-        there may be several sums: the last is yielded, the others are left in their homes.
-        """
-        scratch, homes = self._scratch[dtype], known.homes
-        for block in blocks(known.grads[0][known.owned], UPDATE_BLOCK_BYTES):
-            part = slice(known.owned.start + block.start, known.owned.start + block.stop)
-            rows = scratch[:, : part.stop - part.start]
-            arrays, total = [array[part] for array in known.grads], rows[0]
-            for number, plan in enumerate(known.sums):
-                total = add(plan, arrays, rows)
-                if number < len(homes):
-                    homes[number][part] = total
-            yield part, total if self.world.nodes > 1 else np.multiply(total, weight, out=rows[0])
-
-    def keep(self, grad: Array, part: slice, mean: Array) -> None:
-        """Write it into the gradients of all ranks of the node, while it is in cache.
-
-        Nobody else reads this part of them, or writes to it, before `complete`.
-        """
-        for peer in self._find(grad).grads:
-            peer[part] = mean
-
-    def complete(self, grad: Array) -> None:
-        """Wait until all ranks of the node have kept what they own. Collective."""
-        self.world.local.Barrier()
-
-    def average(self, grad: Array, weight: float) -> Array:
-        """Return all of the weighted mean (n,), on every rank. Collective.
-
-        It is the node's one copy, in place of the lowest rank's gradient, where a slice is in cache
-        when it has been added up. To be read, until `share` is called, as must be done.
-        """
-        mean = self._find(grad).grads[0]
-        for part, piece in self.reduce(grad, weight):
-            mean[part] = piece
-        self.world.local.Barrier()
-        return mean
-
-    def share(self, param: Array) -> None:
-        """Wait until all peers have updated their slices, and need our gradient no more."""
-        self.world.local.Barrier()
-
-    def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Add up what the ranks of a node own: node 0's, for the same bits on all. Collective."""
-        return self.world.sum(values if self.world.node == 0 else [0.0] * len(values))
-
-    def close(self) -> None:
-        """Nothing: the memory goes when the arrays in it go."""
-
-    def _part(self, size: int, rank: int, ranks: int) -> slice:
-        """Return the part of an array (size,) that local rank `rank` of `ranks` owns."""
-        step = LINE if self.tree is None else GRAIN
-        steps = -(-size // step)
-        start, stop = (min(size, steps * r // ranks * step) for r in (rank, rank + 1))
-        return slice(start, stop)
+        if self.tree is None:
+            return partial(node_sums.in_order, known.grads, weights, scratch)
+        weight = weights[0] if self.world.nodes == 1 else None
+        return partial(node_sums.by_tree, known.grads, known.sums, known.homes, weight, scratch)
 
     def _arrays(self) -> tuple[list[int], list[Sum]]:
         """Return how many gradient arrays each rank of this node has, and how to add them up.
@@ -279,6 +229,85 @@ class Hierarchical:
         parts = [part for parts in held for part in parts]
         return [*map(len, held)], self.tree.sums(self.tree.of_node(self.world.node), parts)
 
+    def _summed(self, grad: Array, total: Callable[[slice], Array]) -> Averages:
+        """Yield the sum over this node of the owned part of `grad` (n,), block by block."""
+        owned = self.owned(grad.size)
+        for block in blocks(grad[owned], UPDATE_BLOCK_BYTES):
+            part = slice(owned.start + block.start, owned.start + block.stop)
+            yield part, total(part)
+
+    def _pieces(self, array: Array) -> list[Piece]:
+        """Return what this rank sends and receives of an array (n,), if there are owners."""
+        if not self._scatters:
+            return []
+        key = array.size, array.itemsize
+        if key not in self._pieces_of:
+            self._pieces_of[key] = scatter_gather.pieces(*key, self.world, self._part)
+        return self._pieces_of[key]
+
+    def keep(self, grad: Array, part: slice, mean: Array) -> None:
+        """Write it into the gradients of all ranks of the node, while it is in cache.
+
+        Nobody else reads this part of them, or writes to it, before `complete`.
+        """
+        for peer in self._find(grad).grads:
+            peer[part] = mean
+
+    def complete(self, grad: Array) -> None:
+        """Wait until all ranks of the node have kept what they own. Collective.
+
+        Between nodes, the owners send it first.
+        """
+        deque(self._gather(grad), maxlen=0)
+        for piece in self._pieces(grad) if self.world.local_size > 1 else ():
+            for peer in self._find(grad).grads if piece.owner != self.world.node else ():
+                peer[piece.part] = grad[piece.part]
+        self.world.barrier_on_node()
+
+    def average(self, grad: Array, weight: float) -> Array:
+        """Return all of the weighted mean (n,), on every rank. Collective.
+
+        It is the node's one copy, in place of the lowest rank's gradient, where a slice is in cache
+        when it has been added up. To be read, until `release` is called, as must be done.
+        """
+        mean = self._find(grad).grads[0]
+        for part, piece in self.reduce(grad, weight):
+            mean[part] = piece
+        deque(self._gather(mean), maxlen=0)
+        self.world.barrier_on_node()
+        return mean
+
+    def release(self) -> None:
+        """Wait until all ranks of the node need what `average` returned no more. Collective."""
+        self.world.barrier_on_node()
+
+    def share(self, param: Array) -> None:
+        """Wait until all peers have updated their slices, and need our gradient no more.
+
+        Between nodes, the owners send theirs.
+        """
+        deque(self.publish([param]), maxlen=0)
+
+    def publish(self, params: Sequence[Array]) -> Iterator[int]:
+        """Share several, with messages of all of them on their way at once. Collective."""
+        for i in self._gather(*params):
+            self.world.barrier_on_node()
+            yield i
+
+    def _gather(self, *arrays: Array) -> Iterator[int]:
+        """Send and receive what other nodes own of each array; yield its number then."""
+        if not isinstance(self.exchange, ScatterGather) or not self._scatters:
+            return iter(range(len(arrays)))
+        return self.exchange.gather(arrays, [self._pieces(array) for array in arrays])
+
+    def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
+        """Add up what the owners have: node 0's where all nodes own the same. Collective."""
+        counts = self._scatters or self.world.node == 0
+        return self.world.sum(values if counts else [0.0] * len(values))
+
+    def close(self) -> None:
+        """Nothing: the memory goes when the arrays in it go."""
+
     def _find(self, grad: Array) -> _Known:
         """Return what is known of a gradient."""
         if id(grad) not in self._known:
@@ -290,7 +319,6 @@ class Hierarchical:
 class _Known:
     """What there is to know of an array."""
 
-    owned: slice  #: this rank's part
     grads: list[Array]  #: of all ranks of the node
     mine: list[Array]  #: this rank's among them
     sums: list[Sum]  #: of `grads`, for each subtree of microbatches that the node holds

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
-from mpidl.strategies.base import in_turn, private
+from mpidl.strategies.base import in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -83,6 +83,10 @@ class Horovod:
 
     def share(self, param: Array) -> None:
         """Nothing to send: every rank made the same update."""
+
+    def publish(self, params: Sequence[Array]) -> Iterator[int]:
+        """Share one array after the other. Collective."""
+        return publish_in_turn(self, params)
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
         """Nothing to add: every rank owns everything."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpidl.errors import InvalidArgument
 from mpidl.staging import Staging
-from mpidl.strategies.base import in_turn, private
+from mpidl.strategies.base import in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -92,6 +92,10 @@ class ParameterServer:
             for part in self._chunks(param, whole):
                 with self.staging.host(param[part], read=mine, write=not mine) as buffer:
                     self.world.comm.Bcast(buffer, root=root)
+
+    def publish(self, params: Sequence[Array]) -> Iterator[int]:
+        """Share one array after the other. Collective."""
+        return publish_in_turn(self, params)
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
         """Add up what the servers hold; the others own no part and count as nothing. Collective."""

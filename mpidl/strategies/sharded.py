@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpidl.array import namespace
 from mpidl.staging import Staging
-from mpidl.strategies.base import in_turn, private
+from mpidl.strategies.base import in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -80,6 +80,10 @@ class Sharded:
             for rank, (piece, place) in enumerate(zip(pieces, places, strict=True)):
                 if rank != mine:
                     param[piece] = packed[place]
+
+    def publish(self, params: Sequence[Array]) -> Iterator[int]:
+        """Share one array after the other. Collective."""
+        return publish_in_turn(self, params)
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
         """Add up what the ranks own. Collective."""

@@ -45,7 +45,7 @@ def equal_everywhere(world: mpidl.World, values: Any) -> bool:
 
 @pytest.mark.parametrize("n", [0, 1, 7, 1000, SEVERAL_BLOCKS])
 def test_lanes_cover_what_a_rank_owns(nodes: mpidl.World, n: int) -> None:
-    strategy = Hierarchical(nodes)
+    strategy = Hierarchical(nodes, "bf16")  # every node owns all
     _, grad = strategy.allocate(n, np.dtype("float32"), np)
     owned, lanes = strategy.owned(n), strategy._known[id(grad)].lanes
     if nodes.nodes == 1 or owned.start == owned.stop:

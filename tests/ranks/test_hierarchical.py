@@ -148,7 +148,7 @@ def test_the_sum_is_in_the_order_of_ranks(
         grad[:] = values[world.rank]
         average = strategy.average(grad, weights[world.rank])
         np.testing.assert_array_equal(average, expected, strict=True)
-        strategy.share(param)
+        strategy.release()
 
 
 @pytest.mark.parametrize("other", ["hierarchical", "parameter_server", "sharded"])

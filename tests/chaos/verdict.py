@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 #: Lines of output that are explained: pattern -> why they come.
 KNOWN: dict[str, str] = {
     r"^NBC_Progress: an error \d+ was found": "Open MPI's non-blocking calls end as a rank dies",
+    r"pmix_ptl_base: send_msg: write failed": "the launcher answers a rank that was just killed",
 }
 TOLERANCE = 1e-9  # relative, in float64, after all steps
 WRONG = re.compile(r"traceback|error|warning|abort|fail|corrupt|segmentation", re.IGNORECASE)

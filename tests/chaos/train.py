@@ -72,6 +72,9 @@ def main(asked: dict[str, Any], folder: Path) -> None:
     plan = faults_from_environment()
     faults = inject(trainer, *plan.faults, seed=plan.seed, record=plan.record)
     faults.__enter__()  # until the process ends: they may come in its last moments, too
+    dies = asked["in_recovery"]
+    if asked["how"] == "elastic" and dies is not None and dies["rank"] == rank:
+        die_in_recovery(dies["call"], folder / "faults/99.json", rank)
     train: Any = samples
     fit: dict[str, Any] = {"batch_size": asked["batch_size"], "seed": asked["seed"]}
     if asked["workers"] is not None:
@@ -123,6 +126,27 @@ def memory(trainer: mpidl.Trainer) -> list[str]:
     if elastic is not None:
         found.add(str(elastic.folder))
     return sorted(path for path in found if not path.endswith(" (deleted)"))
+
+
+def die_in_recovery(call: int, record: Path, rank: int) -> None:
+    """Be killed at one of the first calls of the world that is left: the others recover, too."""
+    from mpi4py import MPI
+
+    calls = 0
+
+    class Dying(MPI.Intracomm):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > call:
+                told = {"fault": f"Kill in recovery before {name}", "rank": rank, "step": -1}
+                record.parent.mkdir(exist_ok=True)
+                record.write_text(json.dumps({**told, "time": time.monotonic()}))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getattribute__(name)
+
+    plain = mpidl.World.of
+    mpidl.World.of = lambda module, comm: plain(module, Dying(comm))  # type: ignore[method-assign]
 
 
 def tell_steps(path: Path) -> None:

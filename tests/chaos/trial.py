@@ -15,6 +15,7 @@ SECONDS = 1.0  # that many runs take without faults
 EXACT = ("hierarchical", "auto")  # those that take microbatches: weights must be the same bits
 INEXACT = ("allreduce", "hierarchical", "parameter_server", "ring", "sharded")  # without
 MOMENTS = ("before", "reduce", "update", "share", "any", "any", "any")
+IN_RECOVERY, CALLS = 0.25, 80  # how often a rank dies in one of the first calls of a recovery
 ENDING = 0.1  # seconds around a run's end
 RECOVERY = 0.05  # seconds from a kill to another one, on average: while the others recover
 
@@ -84,4 +85,8 @@ def draw(seed: int, number: int) -> Trial:
             fault = {"fault": "Stop", "rank": int(rng.integers(ranks)), "seconds": seconds}
             fault.update(step=step, moment=one(MOMENTS))
         trial.faults.append(fault)
+    kills = sum(fault["fault"] == "Kill" for fault in trial.faults)
+    dies = kills and victims and rng.random() < IN_RECOVERY
+    call = int(rng.integers(CALLS))
+    training["in_recovery"] = {"rank": victims.pop(), "call": call} if dies else None
     return trial

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import NoReturn
 
@@ -34,6 +35,7 @@ _process = os.getpid()
 _agreed: int | None = None  # the status with which all ranks are leaving together
 _noted: int | None = None  # that of a run that otherwise ends well
 _statuses: list[int] = []  # of `watch`
+_before: list[Callable[[], object]] = []  # of `before`
 _barrier: Any = None  # communicator, where ranks have died: for the end, in place of MPI_Finalize
 
 
@@ -49,6 +51,11 @@ def uninstall() -> None:
     """Leave errors alone again."""
     if _guard is not None:
         _guard.wanted = False
+
+
+def before(function: Callable[[], object]) -> None:
+    """Call `function` before this rank ends all others: nothing runs after that."""
+    _before.append(function)
 
 
 def replace(comm: Any) -> None:
@@ -221,7 +228,9 @@ class _Guard:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # it may be closed, or anything that can be written to
                 stream.flush()
-        _unlink_segments()
+        for function in (*_before, _unlink_segments):
+            with suppress(Exception):
+                function()
         self.comm.Abort(status & 255 or 1)  # the system keeps 8 bits: 256 would be success
 
 

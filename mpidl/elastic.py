@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 import weakref
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 KNOWN_SECONDS = 0.5  # until then a rank's death has become known to the others
 SNAPSHOT_SECONDS = 0.2  # between snapshots: at most so much is done again
-MEMORY = Path("/dev/shm")
+MEMORY, PREFIX = Path("/dev/shm"), "mpidl-"
+LEFT_SECONDS = 24 * 3600.0  # a folder that nobody has written to for so long is nobody's
 
 
 class RankDied(MpidlError):
@@ -56,11 +58,14 @@ class Elastic:
         replica, ranks = trainer.replica, trainer.world
         with ranks.together():
             _check(trainer)
-        self.folder = MEMORY / f"mpidl-{ranks.broadcast(os.urandom(6).hex())}-{ranks.node}"
+        self.folder = MEMORY / f"{PREFIX}{ranks.broadcast(os.urandom(6).hex())}-{ranks.node}"
         parts = ranks.gather([(ranks.node, *_ends(replica, flat)) for flat in replica.buckets])
         with ranks.together():
             _check_owned(trainer, parts)
         self._end = weakref.finalize(self, _remove, self.folder, os.getpid())
+        abort.before(self._end)
+        if ranks.local_rank == 0:
+            _sweep()
         trainer.memory = self._saver(resume=False)
         trainer.memory.begin(trainer.done.position)
 
@@ -178,14 +183,27 @@ def agreed(ranks: World, *, well: bool) -> bool:
 def shrunk(ranks: World) -> World:
     """Return the world of the ranks that are left. Collective among them.
 
-    It takes the place of `mpidl.init()`'s, and of the communicator that errors end.
+    It takes the place of `mpidl.init()`'s, and of the communicator that errors end. Where another
+    one dies meanwhile, some have made a world and others have not: then all make a smaller one.
     """
+    comm = ranks.comm
     world.revoke(ranks)
-    left = world.World.of(ranks.MPI, ranks.comm.Shrink())
-    world.replace_current(left)
-    abort.end_without_finalizing(left.comm)
-    watchdog.again(left)
-    return left
+    for _ in range(ranks.size):  # not for ever, where it is no death
+        comm, left = comm.Shrink(), None
+        try:
+            left = world.World.of(ranks.MPI, comm)
+            watchdog.again(left)
+        except Exception:  # which need not be MPI's: see `Elastic.check`
+            left = None
+            comm.Revoke()
+            world.revoke(ranks)
+        with suppress(ranks.MPI.Exception):  # on all of them
+            if comm.Agree(int(left is not None)) and left is not None:
+                world.replace_current(left)
+                abort.end_without_finalizing(left.comm)
+                return left
+        comm.Revoke()
+    raise MpidlError("ranks have died, and those that are left come to no world of their own")
 
 
 def _check(trainer: Trainer) -> None:
@@ -226,6 +244,15 @@ def _check_owned(trainer: Trainer, parts: list[list[tuple[int, int, int, int]]])
                     f"{trainer.world.nodes} nodes: the state of what a node's ranks own would die "
                     'with them: use "hierarchical"'
                 )
+
+
+def _sweep() -> None:
+    """Remove what jobs left whose ranks were all killed: a living one writes all the time."""
+    for folder in MEMORY.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            state = folder.stat()
+            if state.st_uid == os.getuid() and time.time() - state.st_mtime > LEFT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path, process: int) -> None:

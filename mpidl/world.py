@@ -53,10 +53,8 @@ class World:
     @classmethod
     def of(cls, MPI: Any, comm: Any) -> World:
         """Clone `comm` and find out who shares a node with whom. Collective."""
-        comm = comm.Clone()
-        local = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-        _communicators[:] = [ref for ref in _communicators if ref() is not None]
-        _communicators.extend(map(weakref.ref, (comm, local)))
+        comm = _noted(comm.Clone())
+        local = _noted(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}
         for rank, leader in enumerate(leaders):
@@ -242,6 +240,13 @@ class World:
 
 def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _noted(comm: Any) -> Any:
+    """Let `revoke` know of a communicator, as long as it is there."""
+    _communicators[:] = [ref for ref in _communicators if ref() is not None]
+    _communicators.append(weakref.ref(comm))
+    return comm
 
 
 def revoke(world: World) -> None:

@@ -34,6 +34,8 @@ def restore(state: EngineState, stored: Stored) -> list[str]:
         state.check(stored, tensors)
         values = [_value(state, stored, h, notes) for h in held]
         engine = _checked(stored)
+    if replica._overlap is not None:  # the thread is done with the strategy
+        replica._overlap.synchronize()
     world.barrier()  # nobody reads the old values any more
     replica.zero_grad()
     for h, value in zip(held, values, strict=True):

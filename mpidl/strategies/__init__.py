@@ -16,7 +16,7 @@ from mpidl.errors import InvalidArgument, NoSharedMemory, UnknownStrategy
 from mpidl.strategies import auto
 from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
-from mpidl.strategies.base import Strategy, in_turn
+from mpidl.strategies.base import Strategy, in_turn, publish_in_turn
 from mpidl.strategies.hierarchical import Hierarchical
 from mpidl.strategies.horovod import Horovod
 from mpidl.strategies.parameter_server import ParameterServer
@@ -64,6 +64,7 @@ __all__ = [
     "in_turn",
     "make",
     "own",
+    "publish_in_turn",
 ]
 
 

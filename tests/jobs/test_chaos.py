@@ -54,6 +54,21 @@ for step in range(4):
     assert json.loads((tmp_path / "record/0.json").read_text())["rank"] == 1
 
 
+def test_a_launcher_that_outlives_its_ranks_is_ended() -> None:
+    text = """
+import os, sys
+from mpidl.cli import attend
+
+attend.LOOK_SECONDS = 0.1
+stays = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); "
+stays += "subprocess.run(['sleep', '0.5']); time.sleep(30)"
+print(attend.run(["sleep", "1"], os.environ), attend.run([sys.executable, "-c", stays], os.environ))
+"""
+    result = job.execute(None, sys.executable, "-c", text, timeout=10)
+    assert result.output == "0 1\n", result
+    assert "did not end after its ranks" in result.errors, result
+
+
 def test_trials_are_as_promised() -> None:
     for number in range(100):
         trial = draw(SEED, number)

@@ -43,6 +43,11 @@ def stall_seconds() -> float:
     return seconds
 
 
+def faults() -> str | None:
+    """MPIDL_FAULTS: what `mpidl.testing` is to let go wrong, as JSON; None for nothing."""
+    return os.environ.get("MPIDL_FAULTS") or None
+
+
 def stall(asked: str | None = None) -> str:
     """MPIDL_STALL, or what was `asked`: whether to end a job that has come to a halt."""
     return _choice("MPIDL_STALL", "abort", ("abort", "warn"), asked)

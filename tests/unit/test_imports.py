@@ -84,6 +84,7 @@ LEVELS = {
     "jax": 5,
     "keras": 5,
     "tensorflow": 5,
+    "testing": 5,
     "torch": 5,
 }
 FORBIDDEN = [  # besides what is above

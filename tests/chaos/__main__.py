@@ -1,0 +1,137 @@
+"""Trains with faults, many times: nothing may be lost.
+
+    python -m tests.chaos --trials 200 [--seed S] [--json]
+
+Each trial trains a small model on 2 to 6 ranks while one to three random faults happen: ranks that
+are killed at random moments, also while the others recover from a death before, or stopped for a
+while, or slow. It must end by itself and well, with every step made once, and the same weights, bit
+for bit, as the same training on one rank without faults. Exits with 1 where any of this fails, or
+where recovery, from a kill to the next complete step, takes too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests import job
+from tests.chaos import run
+from tests.chaos.trial import Trial, draw
+from tests.chaos.verdict import Verdict, judge
+
+LIMIT = 60.0  # seconds after which a run is taken to hang
+MEDIAN_SECONDS, WORST_SECONDS = 1.0, 5.0  # of recovery
+COUNTS = ("hung", "lost_steps", "wrong_weights", "unexplained_errors")
+
+
+def elastic() -> bool:
+    """Whether `mpidl run` has --elastic."""
+    line = (sys.executable, "-m", "mpidl", "run", "--help")
+    return "--elastic" in job.execute(None, *line, COLUMNS="200", TERM="dumb").output
+
+
+def attempt(trial: Trial, how: str, folder: Path, limit: float) -> tuple[Verdict, run.Run]:
+    """Make one trial."""
+    alone, disturbed = folder / "alone", folder / "disturbed"
+    alone.mkdir()
+    disturbed.mkdir()
+    with run.alone(trial, alone):
+        made = run.start_and_wait(trial, how, trial.ranks, disturbed, limit)
+        while how == "restarts" and made.status:  # on those that are left
+            deaths = len(run.told(disturbed, "faults/*.json"))
+            ranks = max(1, trial.ranks - deaths)
+            before, made = made, run.start_and_wait(trial, how, ranks, disturbed, limit)
+            if made.status and deaths == len(run.told(disturbed, "faults/*.json")):
+                break  # nobody was killed this time
+            made = replace(made, seconds=before.seconds + made.seconds)
+    return judge(trial, how, made, alone), made
+
+
+def report(trial: Trial, seed: int, verdict: Verdict, made: run.Run) -> str:
+    """Return what a trial that failed has to say, and how to repeat it."""
+    lines = [f"trial {trial.number} of seed {seed} failed:"]
+    lines += [f"{name}: {text}" for name, text in verdict.problems.items()]
+    lines += [str(trial), "  happened:"]
+    for fault in run.told(made.folder, "faults/*.json").values():
+        lines.append(f"    {fault}")
+    lines += [f"  output:\n{made.output[-4000:]}"]
+    lines += [f"again: python -m tests.chaos --only {trial.number} --seed {seed}"]
+    return "\n".join(lines)
+
+
+def run_trials(
+    numbers: list[int], seed: int, how: str, limit: float, keep: Path | None
+) -> dict[str, Any]:
+    """Make these trials, one after the other. Returns what they came to."""
+    verdicts: dict[int, Verdict] = {}
+    begin = time.monotonic()
+    for number in numbers:
+        trial = draw(seed, number)
+        folder = Path(tempfile.mkdtemp(prefix="mpidl-chaos-"))
+        try:
+            verdicts[number], made = attempt(trial, how, folder, limit)
+            if verdicts[number].problems:
+                print(report(trial, seed, verdicts[number], made), file=sys.stderr, flush=True)
+                if keep is not None:
+                    shutil.copytree(folder, keep / f"{seed}-{number}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    seconds = [s for verdict in verdicts.values() for s in verdict.recoveries]
+    return {
+        "trials": len(numbers),
+        **{name: sum(bool(getattr(v, name)) for v in verdicts.values()) for name in COUNTS},
+        "median_recovery_s": round(statistics.median(seconds), 3) if seconds else None,
+        "worst_recovery_s": round(max(seconds), 3) if seconds else None,
+        "kills": sum(verdict.kills for verdict in verdicts.values()),
+        "torch_trials": 0,  # mpidl.torch.DataParallel does not go on after a rank's death
+        "failed": [number for number, verdict in verdicts.items() if verdict.problems],
+        "seed": seed,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def passed(result: dict[str, Any]) -> bool:
+    quick = (result["median_recovery_s"] or 0) < MEDIAN_SECONDS
+    quick = quick and (result["worst_recovery_s"] or 0) < WORST_SECONDS
+    return quick and not any(result[name] for name in COUNTS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train while ranks die.")
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--only", type=int, action="append", help="make just this trial")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds until a run hangs")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for what failing runs left")
+    parser.add_argument(
+        "--how",
+        choices=("elastic", "restarts"),
+        default="elastic",
+        help="go on with the ranks that are left, or start again from a checkpoint",
+    )
+    options = parser.parse_args()
+    if options.how == "elastic" and not elastic():
+        parser.error("mpidl run has no --elastic")
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    numbers = options.only or list(range(options.trials))
+    try:
+        result = run_trials(numbers, seed, options.how, options.limit, options.keep)
+    except subprocess.TimeoutExpired as error:
+        parser.exit(1, f"{error}\n")
+    print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    return 0 if passed(result) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

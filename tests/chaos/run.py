@@ -1,0 +1,136 @@
+"""Starts a training of a trial, waits for its end, and brings it about where it does not come."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests import job
+
+if TYPE_CHECKING:
+    from tests.chaos.trial import Trial
+
+MARK = "MPIDL_CHAOS"  # in the environment of every process of a run
+STACK_SECONDS = 1.0
+TRAIN = str(Path(__file__).with_name("train.py"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind."""
+
+    status: int | None  #: None where it did not end by itself
+    output: str
+    stacks: str  #: of processes that had to be ended
+    left: list[int]  #: processes that outlived the launcher
+    seconds: float
+    folder: Path
+
+
+def alone(trial: Trial, folder: Path) -> subprocess.Popen[bytes]:
+    """Start the same training on one rank, without faults."""
+    asked = {**trial.training, "how": "plain", "pace": 0}
+    with (folder / "output").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, TRAIN, json.dumps(asked), str(folder)],
+            env=job.environment(None, OMP_NUM_THREADS="1"),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=job.ROOT,
+        )
+
+
+def start_and_wait(trial: Trial, how: str, ranks: int, folder: Path, limit: float) -> Run:
+    """Run the training on `ranks` ranks with the trial's faults; "how" is one of train.py's."""
+    asked = {**trial.training, "how": how, "pace": trial.pace}
+    plan = {"faults": trial.faults, "seed": trial.number, "record": str(folder / "faults")}
+    mark = secrets.token_hex(8)
+    settings = {"OMP_NUM_THREADS": "1", "MPIDL_FAULTS": json.dumps(plan), MARK: mark}
+    line = [sys.executable, "-m", "mpidl", "run", "-n", str(ranks)]
+    line += ["--elastic"] * (how == "elastic")
+    begin = time.monotonic()
+    with (folder / "output").open("ab") as output:
+        launcher = subprocess.Popen(
+            [*line, TRAIN, json.dumps(asked), str(folder)],
+            env=job.environment("openmpi", **settings),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=job.ROOT,
+        )
+    stacks, status = "", None
+    try:
+        status = launcher.wait(limit)
+    except subprocess.TimeoutExpired:
+        stacks = look(mark, folder)
+    seconds = time.monotonic() - begin
+    left = outlived(mark) if status is not None else []
+    for pid in processes(mark):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    launcher.wait()
+    text = (folder / "output").read_text(errors="replace")
+    return Run(status, text, stacks, left, seconds, folder)
+
+
+def processes(mark: str) -> list[int]:
+    """Return the processes of a run: launchers give ranks process groups of their own."""
+    found = []
+    wanted = f"{MARK}={mark}".encode()
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            with suppress(OSError):
+                if wanted in (place / "environ").read_bytes().split(b"\0"):
+                    found.append(int(place.name))
+    return found
+
+
+def outlived(mark: str, patience: float = 2.0) -> list[int]:
+    """Return the processes that are still there after a while."""
+    end = time.monotonic() + patience
+    while (found := processes(mark)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
+
+
+def look(mark: str, folder: Path) -> str:
+    """Return where the processes of a run are: Python's stacks, or what the system knows."""
+    spy, lines = shutil.which("py-spy"), []
+    for pid in processes(mark):
+        place = Path(f"/proc/{pid}")
+        with suppress(OSError):
+            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            state = (place / "status").read_text().split("State:")[1].splitlines()[0].strip()
+            waits = (place / "wchan").read_text()
+            lines.append(f"process {pid}: {state}, in {waits}: {command[:150]}")
+        if TRAIN in command and "mpirun" not in command and "mpidl run" not in command:
+            if spy is not None:
+                dump = [spy, "dump", "--native", "--pid", str(pid)]
+                told = subprocess.run(dump, capture_output=True, text=True, check=False)
+                lines.append(told.stdout + told.stderr)
+            with suppress(ProcessLookupError):
+                if b"-m\0mpi4py" in (place / "cmdline").read_bytes():
+                    os.kill(pid, signal.SIGUSR2)
+    time.sleep(STACK_SECONDS)
+    lines += [f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("stack-*"))]
+    return "\n".join(lines)
+
+
+def told(folder: Path, pattern: str) -> dict[int, Any]:
+    """Return what files such as end-3.json or 2.json hold, by their numbers."""
+    return {
+        int(path.stem.split("-")[-1]): json.loads(path.read_text())
+        for path in sorted(folder.glob(pattern))
+    }

@@ -140,7 +140,9 @@ class Elastic:
         )
 
     def close(self) -> None:
-        """Remove the snapshots of this node. Not collective."""
+        """Remove the snapshots of this node. Not collective: others may have died since `fit`."""
+        if self.trainer.memory is not None:
+            self.trainer.memory.checkpoints.abandon()
         self._end()
 
 

@@ -319,12 +319,10 @@ class Trainer:
 
         Collective where checkpoints are written, else not.
         """
-        if self.memory is not None:  # nobody waits for others, who may have died since `fit`
-            self.memory.checkpoints.abandon()
-        if self.saver is not None:
-            self.saver.checkpoints.close()
         if self._elastic is not None:
             self._elastic.close()
+        if self.saver is not None:
+            self.saver.checkpoints.close()
         self.replica.close()
 
     @property

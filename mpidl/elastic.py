@@ -29,6 +29,7 @@ from mpidl.errors import InvalidArgument, MpidlError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mpidl.checkpoint import Checkpoints
     from mpidl.data import Dataset
     from mpidl.trainer import Trainer
     from mpidl.world import World
@@ -62,7 +63,8 @@ class Elastic:
         parts = ranks.gather([(ranks.node, *_ends(replica, flat)) for flat in replica.buckets])
         with ranks.together():
             _check_owned(trainer, parts)
-        self._end = weakref.finalize(self, _remove, self.folder, os.getpid())
+        self._writing: list[Checkpoints] = []  # the last one is at work
+        self._end = weakref.finalize(self, _remove, self.folder, self._writing, os.getpid())
         abort.before(self._end)
         if ranks.local_rank == 0:
             _sweep()
@@ -128,7 +130,7 @@ class Elastic:
             trainer.saver = trainer.saver.again()
 
     def _saver(self, resume: Path | bool) -> Saver:
-        return Saver(
+        made = Saver(
             self.trainer,
             self.folder,
             timedelta(seconds=SNAPSHOT_SECONDS),
@@ -138,11 +140,11 @@ class Elastic:
             world=self.trainer.world.on_node(),
             check=self.check,
         )
+        self._writing[:] = [made.checkpoints]
+        return made
 
     def close(self) -> None:
         """Remove the snapshots of this node. Not collective: others may have died since `fit`."""
-        if self.trainer.memory is not None:
-            self.trainer.memory.checkpoints.abandon()
         self._end()
 
 
@@ -257,6 +259,8 @@ def _sweep() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove(folder: Path, process: int) -> None:
+def _remove(folder: Path, writing: list[Checkpoints], process: int) -> None:
     if os.getpid() == process:
+        for checkpoints in writing:  # what is written later would stay
+            checkpoints.abandon()
         shutil.rmtree(folder, ignore_errors=True)

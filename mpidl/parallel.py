@@ -72,9 +72,9 @@ class DataParallel:
             results are the same. Some steps are watched first: in each, every parameter's gradient
             must come in one backward, for the rows counted. "auto": where there are several nodes.
             Updated parameters travel while the next forward begins: who reads one's `data` waits.
-            Gradients are then nobody else's from backward to `step`. Not with `accumulate`,
-            `microbatches`, `check_finite`, a strategy given as an instance or on a GPU, nor without
-            MPI_THREAD_MULTIPLE. True: also on one node, and warns where it cannot be.
+            Gradients are then nobody's from backward to `step`. Not with `accumulate`, `microbatches`,
+            `check_finite`, a strategy's instance, a GPU, nor without MPI_THREAD_MULTIPLE. True: also
+            on one node, and warns where it cannot be.
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
             `overlap` as many at once as let the last be averaged the soonest.
         audit_every: in every so many updates, see whether all ranks have the same parameters, bit
@@ -225,13 +225,15 @@ class DataParallel:
 
     def _apply(self, weight: float, problem: MpidlError | None) -> None:
         """Average what the buckets hold, and update; or raise on every rank. Collective."""
-        # Here nobody writes to parameters: all have read them in backward, and none has gone on.
+        # here nobody writes to parameters: all have read them in backward, and none has gone on
         if self.audit.every and not self._asynchronous and not (self._local and self._local.due):
             self.audit.count(self.steps)
-        with nullcontext() if self._local is None else self._local.counted(self.buckets):
-            self._average_and_update(weight, problem)
-        if self._local is not None and not self._local.due:
-            self.stop_requested = self.world.sum([self._stops])[0] > 0
+        try:
+            with nullcontext() if self._local is None else self._local.counted(self.buckets):
+                self._average_and_update(weight, problem)
+        finally:  # also of a group that has an error of its own
+            if self._local is not None and not self._local.due:
+                self.stop_requested = self.world.sum([self._stops])[0] > 0
 
     def _average_and_update(self, weight: float, problem: MpidlError | None) -> None:
         averaged = False
@@ -284,10 +286,7 @@ class DataParallel:
             self._local.average(self.buckets)
 
     def zero_grad(self) -> None:
-        """Forget the gradients, and the samples counted, since the last step. Not collective.
-
-        For a pass that was not for this model's loss. What `accumulate` has gathered stays.
-        """
+        """Forget the gradients, and the samples counted, since the last step. Not collective."""
         if self._overlap is not None:
             self._overlap.forget()
         self._forget()

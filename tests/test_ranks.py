@@ -22,7 +22,7 @@ SOME = {
     ),
     ("openmpi", 4): (*CORE, "adasum", "exchange", "microbatches"),
     ("mpich", 1): CORE,
-    ("mpich", 3): ("average", "exchange", "strategies"),
+    ("mpich", 3): ("average", "exchange"),
     ("mpich", 4): ("hierarchical", "world"),
 }
 

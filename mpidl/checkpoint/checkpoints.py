@@ -55,6 +55,7 @@ class Checkpoints:
         self.folder = self.world.broadcast(Path(folder).absolute())
         self.last: Path | None = None  #: the newest that this has made
         self.failed: str | None = None  #: why the last one could not be written
+        self.seconds = 0.0  #: that this rank's file of the last one took
         self._warned = False
         folders.make(self.world, self.folder)
         self._tensors = tuple(state.tensors())
@@ -131,6 +132,7 @@ class Checkpoints:
             writer.join()
         path, problem = world.broadcast((writer.path, self._problem(writer)))
         failures = failures or ([problem] if problem else [])
+        self.seconds = writer.seconds
         if path is not None:
             self.last, self.failed, self._warned = path, None, False
             abort.end_with(None)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EARLY = 0.1  # of the time between checkpoints: where less is left, it is time
 FIRST_LOOK = 8  # steps until the first look at the clock
+SNAPSHOT_SHARE = 0.1  # of the time, at most, for snapshots in memory
 
 
 class Saver:
@@ -49,6 +50,7 @@ class Saver:
     ) -> None:
         self.trainer, self.world, self.every = trainer, trainer.world, every
         self._leaves, self._check = world is None, check
+        self._least = every if world is not None and isinstance(every, timedelta) else None
         with self.world.together():
             _check(every, resume)
         if world is None:
@@ -122,6 +124,7 @@ class Saver:
 
     def _save(self, position: dict[str, Any], metrics: dict[str, float]) -> None:
         trainer = self.trainer
+        begin = time.monotonic()
         if self._check is not None:
             self._check()
         self.checkpoints.save(
@@ -133,6 +136,9 @@ class Saver:
             made_by=checkpoint.made_by(trainer.replica),
         )
         self._saved_at = time.monotonic()
+        if self._least is not None:  # the larger the state, the longer between snapshots
+            spent = self._saved_at - begin + self.checkpoints.seconds
+            self.every = max(self._least, timedelta(seconds=spent / SNAPSHOT_SHARE))
         self._begun = trainer.replica.steps
         self._look_step = self._begun + FIRST_LOOK
 

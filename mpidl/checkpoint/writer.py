@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,14 +39,17 @@ class Writer(threading.Thread):
         super().__init__(name="mpidl checkpoint", daemon=True)
         self.path: Path | None = None  #: of the checkpoint, on rank 0, once it is there
         self.error: BaseException | None = None
+        self.seconds = 0.0  #: that this rank's file took
         self.cancelled = threading.Event()  #: another rank has failed: do not wait for it
         self._folder, self._rank, self._sheet = unfinished, rank, sheet
         self._made, self._published = made, published
 
     def run(self) -> None:
         """Do it all; what goes wrong is told in `error`."""
+        start = time.perf_counter()
         try:
             self._write_own()
+            self.seconds = time.perf_counter() - start
             if self._made is not None:
                 self._finish(self._made)
         except BaseException as error:

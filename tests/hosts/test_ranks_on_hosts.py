@@ -46,8 +46,12 @@ def test_who_is_where(mpi: str, placement: str, hosts: Up, tmp_path: Path) -> No
     assert told == sorted(expected)
 
 
-# The others, which tests/test_ranks.py runs, take long, or ask nothing of a network.
-FEWER = "not 1000000 and (not test_parallel or float64 or every_rank or without_backward)"
+# The others, which tests/test_ranks.py runs, take long, ask nothing of a network, or leave all
+# of it to MPI.
+FEWER = (
+    "not 1000000 and not (allreduce or sharded or adasum) "
+    "and (not test_parallel or float64 or every_rank or without_backward)"
+)
 
 
 def fail_if(result: job.Result) -> None:

@@ -85,7 +85,8 @@ def test_what_is_in_it(wheel: Path) -> None:
     assert any(f.startswith("mpidl/share/launch/") for f in files)
     tops = {f.split("/")[0] for f in files}
     assert tops == {"mpidl", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
-    assert not [f for f in files if "test" in f.lower() or "__pycache__" in f or ".venv" in f]
+    unwanted = ("tests", "/test_", "__pycache__", ".venv")
+    assert not [f for f in files if any(word in f.lower() for word in unwanted)]
     assert wheel.name.endswith("-py3-none-any.whl") and wheel.stat().st_size < 600_000
 
 

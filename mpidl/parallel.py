@@ -72,9 +72,9 @@ class DataParallel:
             results are the same. Some steps are watched first: in each, every parameter's gradient
             must come in one backward, for the rows counted. "auto": where there are several nodes.
             Updated parameters travel while the next forward begins: who reads one's `data` waits.
-            Gradients are then nobody's from backward to `step`. Not with `accumulate`, `microbatches`,
-            `check_finite`, a strategy's instance, a GPU, nor without MPI_THREAD_MULTIPLE. True: also
-            on one node, and warns where it cannot be.
+            Gradients are nobody's from backward to `step`. Not with `accumulate`, `microbatches`,
+            `check_finite`, a strategy's instance, a GPU, nor without MPI_THREAD_MULTIPLE. True: on
+            one node too, and warns where it cannot be.
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
             `overlap` as many at once as let the last be averaged the soonest.
         audit_every: in every so many updates, see whether all ranks have the same parameters, bit

@@ -62,7 +62,7 @@ def fail_if(result: job.Result) -> None:
 @pytest.mark.parametrize(
     ("mpi", "placement", "bodies"),
     [
-        ("openmpi", "2 + 2", "strategies parallel"),
+        ("openmpi", "2 + 2", "parallel"),
         ("openmpi", "1 + 2 + 1", "strategies parallel"),
         ("openmpi", "round robin", "parallel trainer"),
         ("mpich", "2 + 2", "average batch_norm frozen parallel"),

@@ -45,7 +45,7 @@ trainer = mpidl.Trainer(
     ParameterServer(world, SERVERS, asynchronous=True),
     quiet=True,
 )
-history = trainer.fit(train, epochs=15, batch_size=96, evaluate=test)
+history = trainer.fit(train, epochs=25, batch_size=96, evaluate=test)
 weights = b"".join(p.data.tobytes() for p in model.parameters())
 same = len(set(world.gather(weights))) == 1
 if world.rank == 0:

@@ -15,7 +15,7 @@ from tests.chaos.trial import MOST_RANKS, draw
 from tests.chaos.verdict import gaps, recoveries, unexplained
 from tests.conftest import SEED
 
-TRIALS = int(os.environ.get("MPIDL_TEST_CHAOS", "6"))
+TRIALS = int(os.environ.get("MPIDL_TEST_CHAOS", "5"))
 
 
 def test_random_faults_lose_nothing() -> None:

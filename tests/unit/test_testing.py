@@ -30,6 +30,9 @@ from mpidl.testing import (
     parse,
 )
 
+# JAX, which other tests of this process import, warns of any fork: here children end by a signal
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 BLOCKS, STEPS = 5, 8
 NULL = object()
 

@@ -13,7 +13,7 @@ from mpidl.array import is_device, namespace
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.foreign import Memory, memory
 from mpidl.strategies import AllReduce
-from mpidl.world import current
+from mpidl.world import all_equal, current
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -91,16 +91,13 @@ def mean(
         told = f"weight={weight!r}: expected a finite number, 0 or more"
         problem = problem or InvalidArgument(told)
     with world.mark.enter("average"):
-        # Of P numbers with the sum s and the sum of squares q, s^2 = P q only if they are all
-        # equal (Cauchy and Schwarz). With 20 bits a number, both sums are exact in float64 up to
-        # 8,192 ranks; beyond, a longer look finds them equal.
+        # With more than 8,192 ranks codes may seem to differ: a longer look finds them equal.
         code = zlib.crc32(layout.encode()) >> 12
         sums = world.sum([weight if problem is None else 0, problem is not None, code, code * code])
         total, problems = map(float, sums[:2])
-        s, q = map(int, sums[2:])
         if problems:
             world.agree(problem)
-        if s * s != world.size * q:
+        if not all_equal(world.size, *sums[2:]):
             world.same_lines(layout.splitlines())
         if total == 0:
             world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))

@@ -25,6 +25,7 @@ from mpidl import abort, config, data, watchdog, world
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.saver import Saver
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.strategies import LIBRARIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,7 +222,7 @@ def _check(trainer: Trainer) -> None:
         problem = "a strategy that was made for all ranks: expected a name"
     elif replica.choice.codec is not None or options["local_steps"] > 1:
         problem = "a codec or local_steps, whose state is each rank's own"
-    elif replica.choice.name in ("horovod",):
+    elif replica.choice.name in LIBRARIES:
         problem = f"strategy {replica.choice.name!r}, which does not survive a rank's death"
     elif not MEMORY.is_dir():
         problem = f"a node without {MEMORY}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpidl.errors import RankMismatch
+from mpidl.world import all_equal
 
 if TYPE_CHECKING:
     from mpidl.errors import MpidlError
@@ -19,9 +20,9 @@ def weigh(
     Raises on every rank the problem that any rank has; and RankMismatch where this rank sees that
     not all have made as many collective calls, by itself: where the others are nobody knows.
     """
-    calls = world.mark.calls & 0xFFFF  # compared as in `average.mean`
+    calls = world.mark.calls & 0xFFFF
     sums = world.sum([weight, problem is not None, stops, calls, calls * calls])
-    if int(sums[3]) ** 2 != world.size * int(sums[4]):
+    if not all_equal(world.size, *sums[3:]):
         raise RankMismatch(
             f"{step}: a rank has made more collective calls than others, or fewer: "
             "MPIDL_CHECK=collectives tells where they part"

@@ -91,6 +91,11 @@ def leaving() -> bool:
     return _agreed is not None and _Exit.final == _agreed
 
 
+def failing() -> bool:
+    """Whether this process is ending by an exit status that tells of an error of its own."""
+    return bool(_statuses) or (_Exit.final not in (None, 0) and not leaving())
+
+
 def _end_together() -> None:
     """End with the status agreed on, after MPI: what is registered after this runs before it."""
     status = _agreed if leaving() else _noted if _Exit.final in (None, 0) else None
@@ -98,8 +103,7 @@ def _end_together() -> None:
         return
     if _barrier is None and not status:
         return
-    failed = status is None and _Exit.final not in (None, 0)
-    if failed:  # `at_exit` ends the job
+    if status is None and failing():  # `at_exit` ends the job
         return
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):

@@ -48,6 +48,18 @@ def faults() -> str | None:
     return os.environ.get("MPIDL_FAULTS") or None
 
 
+def run() -> str | None:
+    """MPIDL_RUN: the name of a run that `mpidl run --restarts` watches; None if none does."""
+    value = os.environ.get("MPIDL_RUN", "")
+    return value if value.isalnum() and value.isascii() else None
+
+
+def attempt() -> int:
+    """MPIDL_ATTEMPT: how often that run was started before."""
+    value = os.environ.get("MPIDL_ATTEMPT", "")
+    return int(value) if value.isdecimal() and value.isascii() and run() is not None else 0
+
+
 def stall(asked: str | None = None) -> str:
     """MPIDL_STALL, or what was `asked`: whether to end a job that has come to a halt."""
     return _choice("MPIDL_STALL", "abort", ("abort", "warn"), asked)

@@ -6,7 +6,8 @@ with an error. Whoever gets one revokes all communicators, so that all others ge
 that are left agree, shrink the world, build the replica anew, and go on from the newest snapshot.
 
 Snapshots are checkpoints in memory: each node keeps the whole state in a folder under /dev/shm,
-which outlives the rank that wrote a part of it. A step counts once for all ranks or not at all:
+which outlives the rank that wrote a part of it, and the whole job too where `mpidl run --restarts`
+starts it again (`mpidl.warm`). A step counts once for all ranks or not at all:
 all go back to the same snapshot, and make the steps after it again.
 """
 
@@ -18,17 +19,18 @@ import time
 import weakref
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpidl import abort, config, data, watchdog, world
+from mpidl import abort, config, data, warm, watchdog, world
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.saver import Saver
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.strategies import LIBRARIES
+from mpidl.warm import MEMORY, PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from mpidl.checkpoint import Checkpoints
     from mpidl.data import Dataset
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
 KNOWN_SECONDS = 0.5  # until then a rank's death has become known to the others
 SNAPSHOT_SECONDS = 0.2  # between snapshots: at most so much is done again
-MEMORY, PREFIX = Path("/dev/shm"), "mpidl-"
 LEFT_SECONDS = 24 * 3600.0  # a folder that nobody has written to for so long is nobody's
 
 
@@ -60,17 +61,19 @@ class Elastic:
         replica, ranks = trainer.replica, trainer.world
         with ranks.together():
             _check(trainer)
-        self.folder = MEMORY / f"{PREFIX}{ranks.broadcast(os.urandom(6).hex())}-{ranks.node}"
+        self.folder = MEMORY / f"{PREFIX}{warm.name(ranks)}-{ranks.node}"
         parts = ranks.gather([(ranks.node, *_ends(replica, flat)) for flat in replica.buckets])
         with ranks.together():
             _check_owned(trainer, parts)
         self._writing: list[Checkpoints] = []  # the last one is at work
         self._end = weakref.finalize(self, _remove, self.folder, self._writing, os.getpid())
-        abort.before(self._end)
+        abort.before(self._end if config.run() is None else self._abandon)
         if ranks.local_rank == 0:
             _sweep()
-        trainer.memory = self._saver(resume=False)
-        trainer.memory.begin(trainer.done.position)
+        snapshot = warm.bring(ranks, self.folder, replica.steps)
+        trainer.memory = self._saver(resume=snapshot or False)
+        if snapshot is None:
+            trainer.memory.begin(trainer.done.position)
 
     def run(self, train: Dataset | data.Loader, fit: Callable[[], T]) -> T:
         """Call `fit` until it ends without a rank's death. Collective."""
@@ -144,6 +147,10 @@ class Elastic:
         self._writing[:] = [made.checkpoints]
         return made
 
+    def _abandon(self) -> None:
+        for checkpoints in self._writing:
+            checkpoints.abandon()
+
     def close(self) -> None:
         """Remove the snapshots of this node. Not collective: others may have died since `fit`."""
         self._end()
@@ -216,8 +223,11 @@ def _check(trainer: Trainer) -> None:
     replica = trainer.replica
     options = trainer.options
     problem = ""
-    if trainer.world.size > 1 and not config.fault_tolerant():
-        problem = "an MPI without fault tolerance: start with mpidl run --elastic (Open MPI 5)"
+    if trainer.world.size > 1 and not config.fault_tolerant() and config.run() is None:
+        problem = (
+            "an MPI without fault tolerance: start with mpidl run --elastic (Open MPI 5), or with "
+            "mpidl run --restarts"
+        )
     elif not isinstance(options["strategy"], str):
         problem = "a strategy that was made for all ranks: expected a name"
     elif replica.choice.codec is not None or options["local_steps"] > 1:
@@ -261,7 +271,9 @@ def _sweep() -> None:
 
 
 def _remove(folder: Path, writing: list[Checkpoints], process: int) -> None:
-    if os.getpid() == process:
-        for checkpoints in writing:  # what is written later would stay
-            checkpoints.abandon()
+    if os.getpid() != process:
+        return
+    for checkpoints in writing:  # what is written later would stay
+        checkpoints.abandon()
+    if config.run() is None or not abort.failing():  # the next attempt goes on from it
         shutil.rmtree(folder, ignore_errors=True)

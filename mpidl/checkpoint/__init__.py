@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpidl import config
 from mpidl.checkpoint import folder as folders
 from mpidl.checkpoint.checkpoints import Best, Checkpoints
 from mpidl.checkpoint.reader import look, weights
@@ -135,6 +136,7 @@ def made_by(replica: DataParallel) -> dict[str, Any]:
         "strategy": choice.name,
         "codec": None if choice.codec is None else str(choice.codec),
         "optimizer": repr(replica.optimizer),
+        "run": config.run(),
     }
 
 

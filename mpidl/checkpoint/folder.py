@@ -37,6 +37,13 @@ def complete(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
+def step_of(path: Path) -> int:
+    """Return the updates of a complete checkpoint. Not collective."""
+    name = STEP.fullmatch(path.name)
+    assert name is not None
+    return int(name[1])
+
+
 def candidates(path: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoint that `path` means, and the next older ones.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from mpidl import abort, checkpoint, config, exact, signals
+from mpidl.checkpoint import manifest
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.state import EngineState
 from mpidl.done import Done, place
@@ -44,7 +47,7 @@ class Saver:
         every: int | timedelta | None,
         keep: int,
         best: Best,
-        resume: str | Path | bool,
+        resume: str | Path | bool | None,
         world: World | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
@@ -59,14 +62,25 @@ class Saver:
         self.checkpoints = checkpoint.Checkpoints(state, folder, keep=keep, best=best)
         self._options = folder, every, keep, best
         self._saved_at = time.monotonic()
-        if resume is not False:
+        if world is None and resume is not None:
+            resume = self.world.broadcast(self._of_this_run()) or resume
+        if resume is not None and resume is not False:
             self._resume(state, self.checkpoints.folder if resume is True else Path(resume))
         self._begun = trainer.replica.steps  # when the last checkpoint was made
         self._look_step = self._begun + FIRST_LOOK  # when to look at the clock
 
     def again(self) -> Saver:
         """Return another one for what the trainer's world and replica are now. Collective."""
-        return Saver(self.trainer, *self._options, resume=False)
+        return Saver(self.trainer, *self._options, resume=None)
+
+    def _of_this_run(self) -> Path | None:
+        """Return the newest that an attempt of this run wrote, where it was started again."""
+        if config.attempt() and self.world.rank == 0:
+            for path in complete(self.checkpoints.folder):
+                with suppress(CheckpointError):
+                    if manifest.read(path).made_by.get("run") == config.run():
+                        return path
+        return None
 
     def _resume(self, state: EngineState, path: Path) -> None:
         if path == Path("auto"):
@@ -166,7 +180,7 @@ def _check(every: Any, resume: Any) -> None:
         raise InvalidArgument(
             f"checkpoint_every={every!r}: expected a number of steps, a datetime.timedelta, or None"
         )
-    if not isinstance(resume, (str, Path, bool)):
+    if not isinstance(resume, (str, Path, bool, NoneType)):
         raise InvalidArgument(f'{resume=}: expected "auto", True, False or a path')
 
 

@@ -76,6 +76,7 @@ LEVELS = {
     "run_folder": 4,
     "trainer": 4,
     "update": 4,
+    "warm": 4,
     "weights": 4,
     "__init__": 4,  # `from mpidl import __version__`; it may itself import all below the commands
     "__main__": 5,

@@ -7,7 +7,6 @@ from contextlib import suppress
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from mpidl import abort, checkpoint, config, exact, signals
@@ -37,7 +36,8 @@ class Saver:
     `after_step` and `after_epoch` are all that the loop calls. What it is to do, it finds out
     without messages: numbers of steps are the same on all ranks, and where time decides, rank 0
     tells at which step it is to be asked again. With `world` these ranks, such as those of each
-    node, write for themselves; and a signal is nothing to them.
+    node, write for themselves; and a signal is nothing to them. A run that `mpidl run --restarts`
+    started again goes on from its own newest checkpoint, also where `resume` says otherwise.
     """
 
     def __init__(
@@ -47,9 +47,10 @@ class Saver:
         every: int | timedelta | None,
         keep: int,
         best: Best,
-        resume: str | Path | bool | None,
+        resume: str | Path | bool,
         world: World | None = None,
         check: Callable[[], None] | None = None,
+        again: bool = False,
     ) -> None:
         self.trainer, self.world, self.every = trainer, trainer.world, every
         self._leaves, self._check = world is None, check
@@ -62,16 +63,16 @@ class Saver:
         self.checkpoints = checkpoint.Checkpoints(state, folder, keep=keep, best=best)
         self._options = folder, every, keep, best
         self._saved_at = time.monotonic()
-        if world is None and resume is not None:
+        if world is None and not again:
             resume = self.world.broadcast(self._of_this_run()) or resume
-        if resume is not None and resume is not False:
+        if resume is not False:
             self._resume(state, self.checkpoints.folder if resume is True else Path(resume))
         self._begun = trainer.replica.steps  # when the last checkpoint was made
         self._look_step = self._begun + FIRST_LOOK  # when to look at the clock
 
     def again(self) -> Saver:
         """Return another one for what the trainer's world and replica are now. Collective."""
-        return Saver(self.trainer, *self._options, resume=None)
+        return Saver(self.trainer, *self._options, resume=False, again=True)
 
     def _of_this_run(self) -> Path | None:
         """Return the newest that an attempt of this run wrote, where it was started again."""
@@ -180,7 +181,7 @@ def _check(every: Any, resume: Any) -> None:
         raise InvalidArgument(
             f"checkpoint_every={every!r}: expected a number of steps, a datetime.timedelta, or None"
         )
-    if not isinstance(resume, (str, Path, bool, NoneType)):
+    if not isinstance(resume, (str, Path, bool)):
         raise InvalidArgument(f'{resume=}: expected "auto", True, False or a path')
 
 

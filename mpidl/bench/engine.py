@@ -18,10 +18,11 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
+from mpidl.bench.step import check_names
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 MODELS = ("mlp", "cnn", "transformer")
 TURNS = 25
@@ -29,11 +30,15 @@ MEMORY_STEPS = 5
 CHAIN = 1000  # operations
 
 
-def run(turns: int = TURNS) -> dict[str, Any]:
-    """Return {"rows": one for each model, "overhead": one for each chain of operations}."""
+def run(turns: int = TURNS, models: Sequence[str] = MODELS) -> dict[str, Any]:
+    """Return {"rows": one for each model, "overhead": one for each chain of operations}.
+
+    Raises InvalidArgument for a name that no model has.
+    """
+    check_names("model", models, MODELS)
     rivals = ["mpidl", *(["torch"] if importlib.util.find_spec("torch") else [])]
     rows = []
-    for name in MODELS:
+    for name in models:
         times = _child("time", name, str(turns), *rivals)
         peaks = {rival: _child("memory", name, rival) for rival in rivals}
         row: dict[str, Any] = {"model": name}
@@ -41,7 +46,7 @@ def run(turns: int = TURNS) -> dict[str, Any]:
         row["ratio"] = times["mpidl"] / times["torch"] if "torch" in times else None
         row |= {"mpidl_peak_mb": peaks["mpidl"], "torch_peak_mb": peaks.get("torch")}
         rows.append(row)
-    return {"rows": rows, "overhead": _child("overhead", *rivals)}
+    return {"rows": rows, "overhead": _child("overhead", str(turns), *rivals)}
 
 
 def _child(*arguments: str) -> Any:
@@ -105,14 +110,14 @@ def _step(rival: str, name: str) -> Callable[[], None]:
     return in_mpidl(name)
 
 
-def _overhead(*rivals: str) -> list[dict[str, Any]]:
+def _overhead(turns: str, *rivals: str) -> list[dict[str, Any]]:
     from mpidl.bench import engine_chains
 
     chains = {rival: engine_chains.of(rival) for rival in rivals}
     rows = []
     for name in engine_chains.NAMES:
         best = dict.fromkeys(rivals, float("inf"))
-        for _ in range(40):
+        for _ in range(2 * int(turns)):
             for rival in rivals:
                 start = time.thread_time()
                 chains[rival][name](CHAIN).sum().backward()

@@ -72,7 +72,7 @@ def run(
     return report
 
 
-def check_names(what: str, names: list[str], known: tuple[str, ...]) -> None:
+def check_names(what: str, names: Sequence[str], known: tuple[str, ...]) -> None:
     """Raise InvalidArgument for a name that is not known."""
     for name in names:
         if name not in known:

@@ -53,12 +53,18 @@ Plot: TypeAlias = Annotated[
 
 
 @app.command()
-def engine(as_json: AsJson = False, turns: Turns = engine_bench.TURNS) -> None:
+def engine(
+    models: Annotated[str, typer.Option(help="Names, in one word.")] = ",".join(
+        engine_bench.MODELS
+    ),
+    as_json: AsJson = False,
+    turns: Turns = engine_bench.TURNS,
+) -> None:
     """Compare the built-in engine with PyTorch eager (if installed), both on one thread.
 
     Step time of three models (medians), peak memory, and the time of an operation on 10 elements.
     """
-    _tell(_or_exit(partial(engine_bench.run, turns)), engine_bench.show, as_json)
+    _tell(_or_exit(partial(engine_bench.run, turns, models.split(","))), engine_bench.show, as_json)
 
 
 @app.command()

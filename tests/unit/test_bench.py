@@ -12,14 +12,17 @@ from mpidl.bench import engine, engine_chains, engine_models, engine_torch
 from tests import job
 
 
-def test_engine_reports_every_model_and_chain() -> None:
-    line = (sys.executable, "-m", "mpidl", "bench", "engine", "--json", "--turns", "1")
-    result = job.execute(None, *line, timeout=200)
+@pytest.mark.parametrize(
+    "models", ["mlp", pytest.param(",".join(engine.MODELS), marks=pytest.mark.soak)]
+)
+def test_engine_reports_every_model_and_chain(models: str) -> None:
+    line = ("-m", "mpidl", "bench", "engine", "--json", "--turns", "1", "--models", models)
+    result = job.execute(None, sys.executable, *line, timeout=200)
     assert result.status == 0, result
     report = json.loads(result.output)
     columns = ["model", "mpidl_ms", "torch_ms", "ratio", "mpidl_peak_mb", "torch_peak_mb"]
-    assert [list(row) for row in report["rows"]] == [columns] * 3
-    assert [row["model"] for row in report["rows"]] == list(engine.MODELS)
+    assert [list(row) for row in report["rows"]] == [columns] * len(models.split(","))
+    assert ",".join(row["model"] for row in report["rows"]) == models
     assert [row["chain"] for row in report["overhead"]] == list(engine_chains.NAMES)
     for row in report["rows"]:
         assert row["ratio"] == pytest.approx(row["mpidl_ms"] / row["torch_ms"])

@@ -112,7 +112,9 @@ def test_a_good_end(mpi: str, end: str, tmp_path: Path) -> None:
     assert not result.errors.strip(), result
 
 
-@pytest.mark.parametrize("waits", ["in a barrier", "in training"])
+@pytest.mark.parametrize(
+    "waits", [pytest.param("in a barrier", marks=pytest.mark.soak), "in training"]
+)
 @only_mpich
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_bad_end_on_one_rank_ends_all(mpi: str, failure: str, waits: str, tmp_path: Path) -> None:

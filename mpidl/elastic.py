@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 KNOWN_SECONDS = 0.5  # until then a rank's death has become known to the others
 SNAPSHOT_SECONDS = 0.2  # between snapshots: at most so much is done again
 MEMORY, PREFIX = Path("/dev/shm"), "mpidl-"
+_retired: list[Any] = []  # communicators, of `_retire`
 LEFT_SECONDS = 24 * 3600.0  # a folder that nobody has written to for so long is nobody's
 
 
@@ -191,10 +192,11 @@ def shrunk(ranks: World) -> World:
     It takes the place of `mpidl.init()`'s, and of the communicator that errors end. Where another
     one dies meanwhile, some have made a world and others have not: then all make a smaller one.
     """
-    comm = ranks.comm
+    comm, made = ranks.comm, list[Any]()
     world.revoke(ranks)
     for _ in range(ranks.size):  # not for ever, where it is no death
         comm, left = comm.Shrink(), None
+        made.append(comm)
         try:
             left = world.World.of(ranks.MPI, comm)
             watchdog.again(left)
@@ -206,9 +208,20 @@ def shrunk(ranks: World) -> World:
             if comm.Agree(int(left is not None)) and left is not None:
                 world.replace_current(left)
                 abort.end_without_finalizing(left.comm)
+                _retire(made)
                 return left
         comm.Revoke()
     raise MpidlError("ranks have died, and those that are left come to no world of their own")
+
+
+def _retire(comms: list[Any]) -> None:
+    """Give back `comms`, and all that were revoked, at the next call: later nothing is under way.
+
+    MPI_Comm_free is not collective here: in Open MPI it waits for nobody.
+    """
+    for comm in _retired:
+        comm.Free()
+    _retired[:] = comms + [comm for comm in world.communicators() if comm and comm.Is_revoked()]
 
 
 def _check(trainer: Trainer) -> None:

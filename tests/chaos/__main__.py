@@ -1,12 +1,14 @@
 """Trains with faults, many times: nothing may be lost.
 
     python -m tests.chaos --trials 200 [--seed S] [--json]
+    python -m tests.chaos --soak 30m [--ranks 4] [--seed S] [--json]
 
 Each trial trains a small model on 2 to 6 ranks while one to three random faults happen: ranks that
 are killed at random moments, also while the others recover from a death before, or stopped for a
 while, or slow. It must end by itself and well, with every step made once, and the same weights, bit
 for bit, as the same training on one rank without faults. Exits with 1 where any of this fails, or
-where recovery, from a kill to the next complete step, takes too long.
+where recovery, from a kill to the next complete step, takes too long. A soak (tests/chaos/soak.py)
+trains for long, and looks whether memory or anything else grows.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 from mpidl.cli.launcher import cores
 from tests import job
 from tests.chaos import run
+from tests.chaos.soak import soak
 from tests.chaos.trial import Trial, draw
 from tests.chaos.verdict import Verdict, judge
 
@@ -115,6 +118,14 @@ def passed(result: dict[str, Any]) -> bool:
     return quick and not any(result[name] for name in COUNTS)
 
 
+def duration(text: str) -> float:
+    """Return the seconds in "40s", "30m" or "2h"."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    if not unit or not text[:-1].isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: expected such as 40s, 30m or 2h")
+    return float(text[:-1]) * unit
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train while ranks die.")
     parser.add_argument("--trials", type=int, default=20)
@@ -130,10 +141,17 @@ def main() -> int:
         default="elastic",
         help="go on with the ranks that are left, or start again from a checkpoint",
     )
+    parser.add_argument("--soak", type=duration, help="see whether anything grows: 30m, 40s, 2h")
+    parser.add_argument("--ranks", type=int, default=4, help="of the soak")
+    parser.add_argument("--leak", type=int, default=0, help="bytes a step: the soak must find it")
     options = parser.parse_args()
     if options.how == "elastic" and not elastic():
         parser.error("mpidl run has no --elastic")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    if options.soak is not None:
+        found = soak(options.soak, options.ranks, seed, options.leak)
+        print(json.dumps(found, indent=None if options.json else 2))
+        return 1 if found["failed"] else 0
     numbers = options.only or list(range(options.trials))
     result = run_trials(numbers, seed, options.how, options.limit, options.keep, options.at_once)
     print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-import mpidl.checkpoint.saver
-import mpidl.cli.app
-import tests.chaos.train
 from mpidl import config
-from mpidl.cli import launcher
+from mpidl.checkpoint import saver
+from mpidl.cli import app, launcher
 from mpidl.errors import MPINotFound
+from tests.chaos import train
 from tests.conftest import MPI_LIBRARIES
 
-os.environ.pop("MPI4PY_LIBMPI", None)
+__all__ = ["app", "saver", "train"]
+
+os.environ.pop("MPI4PY_LIBMPI", None)  # what runs in such a process gets an environment of its own
 with suppress(MPINotFound), config.setting("MPI4PY_LIBMPI", str(MPI_LIBRARIES["openmpi"])):
     found = launcher.query()
     launcher.query = lambda: found

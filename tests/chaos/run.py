@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MARK = "MPIDL_CHAOS"  # in the environment of every process of a run
 STACK_SECONDS = 1.0
 OPTIONS = {"elastic": ("--elastic",)}  # of `mpidl run`, by how to go on
-TRAIN = str(Path(__file__).with_name("train.py"))
+FOLDER = Path(__file__).parent
+TRAIN = str(FOLDER / "train.py")
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,18 @@ def start_and_wait(trial: Trial, how: str, ranks: int, folder: Path, limit: floa
     """Run the training on `ranks` ranks with the trial's faults; "how" is one of train.py's."""
     asked = {**trial.training, "how": how, "pace": trial.pace}
     plan = {"faults": trial.faults, "seed": trial.number, "record": str(folder / "faults")}
+    line = ["-n", str(ranks), *OPTIONS.get(how, ()), TRAIN, json.dumps(asked), str(folder)]
+    return job_of(line, folder, limit, MPIDL_FAULTS=json.dumps(plan))
+
+
+def job_of(line: list[str], folder: Path, limit: float, **settings: str) -> Run:
+    """Make `mpidl run LINE...`, in the environment with `settings`."""
     mark = secrets.token_hex(8)
-    settings = {"OMP_NUM_THREADS": "1", "MPIDL_FAULTS": json.dumps(plan), MARK: mark}
-    line = ["run", "-n", str(ranks), *OPTIONS.get(how, ())]
-    line += [TRAIN, json.dumps(asked), str(folder)]
-    environment = job.environment("openmpi", **settings)
+    environment = job.environment("openmpi", OMP_NUM_THREADS="1", **settings, **{MARK: mark})
     begin = time.monotonic()
-    launcher = warm.start(_launch, line, output=folder / "output", environment=environment)
+    launcher = warm.start(
+        _launch, ["run", *line], output=folder / "output", environment=environment
+    )
     launcher.join(limit)
     status = launcher.exitcode
     stacks = look(mark, folder) if status is None else ""
@@ -114,7 +120,7 @@ def look(mark: str, folder: Path) -> str:
             state = (place / "status").read_text().split("State:")[1].splitlines()[0].strip()
             waits = (place / "wchan").read_text()
             lines.append(f"process {pid}: {state}, in {waits}: {command[:150]}")
-        if TRAIN in command and "mpirun" not in command and "mpidl run" not in command:
+        if str(FOLDER) in command and "mpirun" not in command:
             if spy is not None:
                 dump = [spy, "dump", "--native", "--pid", str(pid)]
                 told = subprocess.run(dump, capture_output=True, text=True, check=False)

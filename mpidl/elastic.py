@@ -220,7 +220,8 @@ def _retire(comms: list[Any]) -> None:
     MPI_Comm_free is not collective here: in Open MPI it waits for nobody.
     """
     for comm in _retired:
-        comm.Free()
+        with suppress(Exception):  # it may be freed already
+            comm.Free()
     _retired[:] = comms + [comm for comm in world.communicators() if comm and comm.Is_revoked()]
 
 

@@ -266,11 +266,13 @@ class Watchdog(threading.Thread):
     def release(self) -> None:
         """Watch no more, and give back what that took: ranks have died. Not collective."""
         self.stop()
-        self.ended = True
-        self.MPI.COMM_SELF.Delete_attr(self._key)
-        self.MPI.Comm.Free_keyval(self._key)
-        if self.link is not None and self.link.settle():
-            self.link.free()
+        self.ended, link, self.link = True, self.link, None
+        if self._key != self.MPI.KEYVAL_INVALID:
+            self.MPI.COMM_SELF.Delete_attr(self._key)
+            self._key = self.MPI.Comm.Free_keyval(self._key)
+        with suppress(self.MPI.Exception):  # of messages to the dead
+            if link is not None and link.settle():
+                link.free()
 
 
 def _end() -> None:

@@ -160,6 +160,8 @@ class Raise:
 
     def __post_init__(self) -> None:
         check(self)
+        if not isinstance(self.error, (BaseException, str)):
+            raise InvalidArgument(f"{self}: expected an exception or a text as error")
 
     def act(self, replica: Any, rng: Any, seconds: float) -> None:
         """Raise it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections import deque
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,8 @@ def inject(
 
     With a `Cut` among the faults this is collective: where that rank's host cannot do it, all ranks
     raise InvalidArgument.
+
+    A fault of a rank that is not there does not happen, which rank 0 says.
 
     A fault happens once in a job, also where steps are made again. In `record`, a folder, it
     leaves a file, FAULT.json, with "fault", "rank", "step", and "time" (of `time.monotonic`): what
@@ -111,6 +114,9 @@ class _Injector:
                 if fault.rank is not None:
                     whose = fault.rank
                 known = self.record is not None and self._file(number).exists()
+                if whose >= size and not known and rank == 0:
+                    said = f"mpidl.testing: no rank {whose} among {size}: no {fault}"
+                    print(said, file=sys.stderr, flush=True)
                 if whose == rank and not known and MPI.Comm.Get_parent() == MPI.COMM_NULL:
                     self.waiting.append(_Waiting(number, fault, step, rng))
         return self.waiting

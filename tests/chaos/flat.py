@@ -28,7 +28,7 @@ BOUNDS = {
     "threads": 1.0,
     "communicators": 1.0,
 }
-#: Those that are left have more microbatches each, whose gradients they keep, and more of the state.
+#: Those that are left have more microbatches each, whose gradients they keep, and more state.
 MORE_EACH = {"rss": 8.0 * MIB, "anonymous": 8.0 * MIB, "pss": 16.0 * MIB}
 
 

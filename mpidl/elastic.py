@@ -222,7 +222,8 @@ def _retire(comms: list[Any]) -> None:
     for comm in _retired:
         with suppress(Exception):  # it may be freed already
             comm.Free()
-    _retired[:] = comms + [comm for comm in world.communicators() if comm and comm.Is_revoked()]
+    known = [comm for comm in (ref() for ref in world._communicators) if comm]
+    _retired[:] = comms + [comm for comm in known if comm.Is_revoked()]
 
 
 def _check(trainer: Trainer) -> None:

@@ -264,14 +264,9 @@ def revoke(world: World) -> None:
     Of all worlds, for a rank that waits in one of them does not come to the others. For MPIs that
     go on when a rank dies (ULFM, MPI_Comm_revoke).
     """
-    for comm in communicators():
-        if comm != world.MPI.COMM_NULL and not comm.Is_revoked():
+    for comm in [ref() for ref in _communicators]:
+        if comm is not None and comm != world.MPI.COMM_NULL and not comm.Is_revoked():
             comm.Revoke()
-
-
-def communicators() -> list[Any]:
-    """Return those of all worlds."""
-    return [comm for comm in (ref() for ref in _communicators) if comm is not None]
 
 
 def replace_current(world: World) -> None:

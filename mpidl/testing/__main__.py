@@ -24,7 +24,7 @@ def main() -> None:
     try:
         plan = faults_from_environment()
     except InvalidArgument as error:
-        _refuse(f"MPIDL_FAULTS: {error}")
+        _refuse(f"MPIDL_FAULTS: {str(error).removeprefix('faults: ')}")
     sys.argv, sys.path[0] = sys.argv[1:], str(Path(script).resolve().parent)
     with inject(None, *plan.faults, seed=plan.seed, record=plan.record):
         runpy.run_path(script, run_name="__main__")

@@ -49,27 +49,26 @@ def parse(text: str) -> Plan:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InvalidArgument(f"no JSON ({error}): {text}") from error
+        raise InvalidArgument(f"faults: no JSON ({error}): {text}") from error
     if not isinstance(found, dict) or not isinstance(found.get("faults"), list):
-        raise InvalidArgument(f'expected {{"faults": [...]}}: {text}')
+        raise InvalidArgument(f'faults: expected {{"faults": [...]}}: {text}')
     if unknown := set(found) - {"faults", "seed", "record"}:
-        raise InvalidArgument(f"expected faults, seed and record, not {sorted(unknown)}")
+        raise InvalidArgument(f"faults: expected faults, seed and record, not {sorted(unknown)}")
     seed, record = found.get("seed", 0), found.get("record")
     if not isinstance(seed, int) or seed < 0 or not isinstance(record, (str, type(None))):
-        raise InvalidArgument(f"{seed=}, {record=}: expected a number and a folder")
+        raise InvalidArgument(f"faults: {seed=}, {record=}: expected a number and a folder")
     return Plan(tuple(map(_fault, found["faults"])), seed, record)
 
 
 def _fault(found: Any) -> Fault:
     kind = FAULTS.get(str(found.get("fault"))) if isinstance(found, dict) else None
     if kind is None:
-        raise InvalidArgument(f'{found}: expected "fault" to be of {", ".join(FAULTS)}')
+        raise InvalidArgument(f'faults: {found}: expected "fault" to be of {", ".join(FAULTS)}')
     arguments = {name: value for name, value in found.items() if name != "fault"}
     if isinstance(arguments.get("step"), list):
         arguments["step"] = tuple(arguments["step"])
     try:
         made: Fault = kind(**arguments)
     except TypeError as error:
-        said = str(error).replace(f"{kind.__name__}.__init__() got an ", "")
-        raise InvalidArgument(f"{found}: {said}") from error
+        raise InvalidArgument(f"faults: {found}: {error}") from error
     return made

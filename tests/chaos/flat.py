@@ -20,8 +20,8 @@ MIB = 2**20
 #: bytes: parts of an arena, the snapshots' history of epochs. PSS is a process's share of pages
 #: that others map, too, and grows where those end.
 BOUNDS = {
-    "rss": 1.5 * MIB,
-    "anonymous": 1.5 * MIB,
+    "rss": 1.0 * MIB,
+    "anonymous": 1.0 * MIB,
     "pss": 4.0 * MIB,
     "shm": 0.25 * MIB,
     "fds": 1.0,

@@ -22,7 +22,7 @@ from tests.chaos.verdict import in_memory, unexplained
 
 SHARES = {"faults": 0.45, "recoveries": 0.3, "deaths": 0.25}  # of the time
 DEATHS_SECONDS = 12.0  # that a run takes in which ranks are killed until one is left
-GRACE_SECONDS = 60.0  # for a run to start and to end
+GRACE_SECONDS = 180.0  # for a run to start, to make the least steps, and to end
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Part:
     seconds: float = 0.0
     steps: int = 0
     recoveries: int = 0
+    finds: float = 0.0  #: bytes a step: a leak of more would have been seen
     grown: dict[str, float] = field(default_factory=dict)  #: the most that any rank has, by name
     problems: list[str] = field(default_factory=list)
 
@@ -75,6 +76,8 @@ def judge(kind: str, ranks: int, made: run.Run) -> Part:
         part.recoveries = max(part.recoveries, int(samples.values["recoveries"][-1]))
         for name, value in grown.items():
             part.grown[name] = max(part.grown.get(name, value), round(value, 1))
+    if part.steps:
+        part.finds = round(flat.BOUNDS["rss"] / (1 - flat.WARM_UP) / part.steps, 1)
     if kind == "recoveries" and not part.recoveries:
         wrong.append("no recovery")
     return part

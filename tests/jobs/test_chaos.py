@@ -15,7 +15,7 @@ from tests.chaos.trial import MOST_RANKS, draw
 from tests.chaos.verdict import gaps, recoveries, unexplained
 from tests.conftest import SEED
 
-TRIALS = int(os.environ.get("MPIDL_TEST_CHAOS", "5"))
+TRIALS = int(os.environ.get("MPIDL_TEST_CHAOS", "20"))
 
 
 def test_random_faults_lose_nothing() -> None:
@@ -23,11 +23,24 @@ def test_random_faults_lose_nothing() -> None:
         pytest.skip("mpidl run has no --elastic")
     line = ("-m", "tests.chaos", "--json", "--trials", str(TRIALS), "--seed", str(SEED))
     result = job.execute(None, sys.executable, *line, timeout=15 * TRIALS)
-    print(result.output)
+    print(f"python -m tests.chaos --trials {TRIALS} --seed {SEED}: {result.output}")
     assert result.status == 0, result
     told = json.loads(result.output.splitlines()[-1])
     assert told["trials"] == TRIALS
     assert told["kills"] >= 1 or TRIALS < 10
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("leak", "status"), [(0, 0), (1024, 1)])
+def test_nothing_grows_and_a_leak_of_1_kb_a_step_is_found(leak: int, status: int) -> None:
+    line = ("-m", "tests.chaos", "--soak", "40s", "--leak", str(leak), "--json")
+    result = job.execute(None, sys.executable, *line, "--seed", str(SEED), timeout=500)
+    assert result.status == status, result
+    faults, recoveries, *deaths = json.loads(result.output)["parts"]
+    assert faults["steps"] >= 2000
+    assert any("rss grew" in text for text in faults["problems"]) == bool(leak), faults
+    assert recoveries["recoveries"] >= 2
+    assert [part["recoveries"] >= 1 for part in deaths] == [True] * len(deaths)
 
 
 def test_a_fault_in_a_script_that_knows_nothing_of_it(tmp_path: Path) -> None:

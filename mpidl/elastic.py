@@ -125,6 +125,7 @@ class Elastic:
         ranks.barrier()
         trainer.replicate()
         trainer.memory = self._saver(resume=self.folder / newest)
+        trainer.begins = False  # on all: the death may have come when some had begun
         trainer.done.left -= before
         steps, s = trainer.replica.steps, "s" * (ranks.size > 1)
         trainer.done.told = f"ranks were lost: {ranks.size} rank{s} go on from update {steps}"

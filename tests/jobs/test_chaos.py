@@ -31,13 +31,14 @@ def test_random_faults_lose_nothing() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("leak", "status"), [(0, 0), (1024, 1)])
 def test_nothing_grows_and_a_leak_of_1_kb_a_step_is_found(leak: int, status: int) -> None:
     line = ("-m", "tests.chaos", "--soak", "40s", "--leak", str(leak), "--json")
     result = job.execute(None, sys.executable, *line, "--seed", str(SEED), timeout=500)
     assert result.status == status, result
     faults, recoveries, *deaths = json.loads(result.output)["parts"]
-    assert faults["steps"] >= 2000
+    assert faults["steps"] >= 1500
     assert any("rss grew" in text for text in faults["problems"]) == bool(leak), faults
     assert recoveries["recoveries"] >= 2
     assert [part["recoveries"] >= 1 for part in deaths] == [True] * len(deaths)

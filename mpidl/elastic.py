@@ -43,6 +43,8 @@ KNOWN_SECONDS = 0.5  # until then a rank's death has become known to the others
 SNAPSHOT_SECONDS = 0.2  # between snapshots: at most so much is done again
 LEFT_SECONDS = 24 * 3600.0  # a folder that nobody has written to for so long is nobody's
 
+_retired: list[Any] = []  # communicators, of `_retire`
+
 
 class RankDied(MpidlError):
     """A rank has died; raised on all others."""
@@ -127,6 +129,7 @@ class Elastic:
         ranks.barrier()
         trainer.replicate()
         trainer.memory = self._saver(resume=self.folder / newest)
+        trainer.begins = False  # on all: the death may have come when some had begun
         trainer.done.left -= before
         steps, s = trainer.replica.steps, "s" * (ranks.size > 1)
         trainer.done.told = f"ranks were lost: {ranks.size} rank{s} go on from update {steps}"
@@ -198,10 +201,11 @@ def shrunk(ranks: World) -> World:
     It takes the place of `mpidl.init()`'s, and of the communicator that errors end. Where another
     one dies meanwhile, some have made a world and others have not: then all make a smaller one.
     """
-    comm = ranks.comm
+    comm, made = ranks.comm, list[Any]()
     world.revoke(ranks)
     for _ in range(ranks.size):  # not for ever, where it is no death
         comm, left = comm.Shrink(), None
+        made.append(comm)
         try:
             left = world.World.of(ranks.MPI, comm)
             watchdog.again(left)
@@ -213,9 +217,22 @@ def shrunk(ranks: World) -> World:
             if comm.Agree(int(left is not None)) and left is not None:
                 world.replace_current(left)
                 abort.end_without_finalizing(left.comm)
+                _retire(made)
                 return left
         comm.Revoke()
     raise MpidlError("ranks have died, and those that are left come to no world of their own")
+
+
+def _retire(comms: list[Any]) -> None:
+    """Give back `comms`, and all that were revoked, at the next call: later nothing is under way.
+
+    MPI_Comm_free is not collective here: in Open MPI it waits for nobody.
+    """
+    for comm in _retired:
+        with suppress(Exception):  # it may be freed already
+            comm.Free()
+    known = [comm for comm in (ref() for ref in world._communicators) if comm]
+    _retired[:] = comms + [comm for comm in known if comm.Is_revoked()]
 
 
 def _check(trainer: Trainer) -> None:

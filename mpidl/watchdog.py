@@ -50,7 +50,7 @@ def start(world: World, seconds: float, action: str) -> None:
     """
     global _watchdog
     if _watchdog is not None:
-        _watchdog.stop()
+        _watchdog.release()
     _watchdog = Watchdog(world, seconds, action) if world.size > 1 else None
 
 
@@ -262,6 +262,17 @@ class Watchdog(threading.Thread):
         self._stopping.set()
         if self.is_alive() and self is not threading.current_thread():
             self.join()
+
+    def release(self) -> None:
+        """Watch no more, and give back what that took: ranks have died. Not collective."""
+        self.stop()
+        self.ended, link, self.link = True, self.link, None
+        if self._key != self.MPI.KEYVAL_INVALID:
+            self.MPI.COMM_SELF.Delete_attr(self._key)
+            self._key = self.MPI.Comm.Free_keyval(self._key)
+        with suppress(self.MPI.Exception):  # of messages to the dead
+            if link is not None and link.settle():
+                link.free()
 
 
 def _end() -> None:

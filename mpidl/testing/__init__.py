@@ -13,6 +13,7 @@ A script is disturbed without changing it by
 Where no fault is injected, nothing is added to any step.
 """
 
+from mpidl.testing.cut import Cut
 from mpidl.testing.faults import MOMENTS, Corrupt, Fault, Hang, Kill, Raise, Slow, Stop
 from mpidl.testing.injector import inject
 from mpidl.testing.plan import Plan, faults_from_environment, parse
@@ -20,6 +21,7 @@ from mpidl.testing.plan import Plan, faults_from_environment, parse
 __all__ = [
     "MOMENTS",
     "Corrupt",
+    "Cut",
     "Fault",
     "Hang",
     "Kill",

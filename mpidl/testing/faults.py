@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #:           anywhere, also in the midst of a call of MPI.
 #: A number is so many seconds after the end of the step before: later steps, too.
 MOMENTS = ("before", "reduce", "update", "share", "any")
-TIMED = ("Kill", "Stop")  # those for which "any" and numbers are allowed
+TIMED = ("Cut", "Kill", "Stop")  # those for which "any" and numbers are allowed
 
 Rank: TypeAlias = "int | None"
 Step: TypeAlias = "int | tuple[int, int]"
@@ -160,6 +160,8 @@ class Raise:
 
     def __post_init__(self) -> None:
         check(self)
+        if not isinstance(self.error, (BaseException, str)):
+            raise InvalidArgument(f"{self}: expected an exception or a text as error")
 
     def act(self, replica: Any, rng: Any, seconds: float) -> None:
         """Raise it."""

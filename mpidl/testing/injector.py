@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections import deque
 from contextlib import ExitStack, contextmanager
@@ -14,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl.parallel import DataParallel
+from mpidl.testing.cut import Cut
+from mpidl.world import current
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mpidl.testing.faults import Fault
     from mpidl.trainer import Trainer
+    from mpidl.world import World
 
 FIRST_SECONDS = 0.01  # what a step is taken to last before one was seen
 EVENTS = ("reduce", "update", "share")  # moments that come several times in a step
@@ -38,6 +42,11 @@ def inject(
     `DataParallel`; None for every `DataParallel` of this process. What is random depends on `seed`
     alone, but for the times of "any".
 
+    With a `Cut` among the faults this is collective: where that rank's host cannot do it, all ranks
+    raise InvalidArgument.
+
+    A fault of a rank that is not there does not happen, which rank 0 says.
+
     A fault happens once in a job, also where steps are made again. In `record`, a folder, it
     leaves a file, FAULT.json, with "fault", "rank", "step", and "time" (of `time.monotonic`): what
     is there does not happen again in a job that is started anew. `FAULT` is its number in `faults`.
@@ -45,7 +54,9 @@ def inject(
     Raises whatever a `Raise` asks for, from `DataParallel.step`.
     """
     injector = _Injector(faults, seed, None if record is None else Path(record))
-    if target is not None and not injector.mine(target):
+    if any(isinstance(fault, Cut) for fault in faults):
+        injector.try_out(current() if target is None else target.world)
+    if target is not None and not injector.mine(target.world):
         yield
         return
     kind: Any = DataParallel if target is None else type(getattr(target, "replica", target))
@@ -54,7 +65,7 @@ def inject(
     def step(replica: Any, *args: Any, **kwargs: Any) -> None:
         if target is not None and replica is not getattr(target, "replica", target):
             plain(replica, *args, **kwargs)
-        elif injector.mine(replica):
+        elif injector.mine(replica.world):
             injector.before(replica)
             plain(replica, *args, **kwargs)
             injector.after(replica)
@@ -89,10 +100,10 @@ class _Injector:
         self._step, self._begun, self._returned = -1, 0.0, 0.0
         self._hooks = ExitStack()
 
-    def mine(self, target: Any) -> list[_Waiting]:
+    def mine(self, world: Any) -> list[_Waiting]:
         """Return the faults of this rank that are still to happen."""
         if self.waiting is None:
-            MPI = target.world.MPI
+            MPI = world.MPI
             rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
             self.waiting = []
             for number, fault in enumerate(self.faults):
@@ -103,9 +114,21 @@ class _Injector:
                 if fault.rank is not None:
                     whose = fault.rank
                 known = self.record is not None and self._file(number).exists()
+                if whose >= size and not known and rank == 0:
+                    said = f"mpidl.testing: no rank {whose} among {size}: no {fault}"
+                    print(said, file=sys.stderr, flush=True)
                 if whose == rank and not known and MPI.Comm.Get_parent() == MPI.COMM_NULL:
                     self.waiting.append(_Waiting(number, fault, step, rng))
         return self.waiting
+
+    def try_out(self, world: World) -> None:
+        """Raise InvalidArgument where this rank's host, or another's, cannot be cut. Collective."""
+        if world.MPI.Comm.Get_parent() != world.MPI.COMM_NULL:
+            return  # the others have done it
+        with world.together():
+            for waiting in self.mine(world):
+                if isinstance(waiting.fault, Cut):
+                    waiting.fault.try_out()
 
     def before(self, replica: Any) -> None:
         """`replica.step` is called."""
@@ -117,7 +140,7 @@ class _Injector:
         elif replica.steps != self._step:  # one ended by `flush`
             self._begin(replica.steps)
         computed = now - self._returned if self._returned else 0.0
-        for waiting in list(self.mine(replica)):
+        for waiting in list(self.mine(replica.world)):
             if waiting.fault.moment == "before" and self._step >= waiting.step:
                 self._happen(waiting, computed)
 
@@ -126,7 +149,7 @@ class _Injector:
         self._returned = time.monotonic()
         if replica.steps == self._step:  # it is one of several calls for an update
             return
-        for waiting in list(self.mine(replica)):  # events that did not come
+        for waiting in list(self.mine(replica.world)):  # events that did not come
             if waiting.fault.moment in EVENTS and self._step >= waiting.step:
                 self._happen(waiting)
         self.seconds.append(self._returned - self._begun)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl import config
 from mpidl.errors import InvalidArgument
+from mpidl.testing.cut import Cut
 from mpidl.testing.faults import Corrupt, Hang, Kill, Raise, Slow, Stop
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 FAULTS: dict[str, Any] = {
     "Corrupt": Corrupt,
+    "Cut": Cut,
     "Hang": Hang,
     "Kill": Kill,
     "Raise": Raise,

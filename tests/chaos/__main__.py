@@ -1,12 +1,14 @@
 """Trains with faults, many times: nothing may be lost.
 
     python -m tests.chaos --trials 200 [--seed S] [--json]
+    python -m tests.chaos --soak 30m [--ranks 4] [--seed S] [--json]
 
 Each trial trains a small model on 2 to 6 ranks while one to three random faults happen: ranks that
 are killed at random moments, also while the others recover from a death before, or stopped for a
 while, or slow. It must end by itself and well, with every step made once, and the same weights, bit
 for bit, as the same training on one rank without faults. Exits with 1 where any of this fails, or
-where recovery, from a kill to the next complete step, takes too long.
+where recovery, from a kill to the next complete step, takes too long. A soak (tests/chaos/soak.py)
+trains for long, and looks whether memory or anything else grows.
 """
 
 from __future__ import annotations
@@ -16,19 +18,22 @@ import json
 import secrets
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpidl.cli.launcher import cores
 from tests import job
 from tests.chaos import run
+from tests.chaos.soak import soak
 from tests.chaos.trial import Trial, draw
 from tests.chaos.verdict import Verdict, judge
 
+AT_ONCE = 2 * cores()  # a trial often waits, for ranks to start and for time to pass
 LIMIT = 60.0  # seconds after which a run is taken to hang
 MEDIAN_SECONDS, WORST_SECONDS = 1.0, 5.0  # of recovery
 COUNTS = ("hung", "lost_steps", "wrong_weights", "unexplained_errors")
@@ -45,15 +50,16 @@ def attempt(trial: Trial, how: str, folder: Path, limit: float) -> tuple[Verdict
     alone, disturbed = folder / "alone", folder / "disturbed"
     alone.mkdir()
     disturbed.mkdir()
-    with run.alone(trial, alone):
-        made = run.start_and_wait(trial, how, trial.ranks, disturbed, limit)
-        while how == "restarts" and made.status:  # on those that are left
-            deaths = len(run.told(disturbed, "faults/*.json"))
-            ranks = max(1, trial.ranks - deaths)
-            before, made = made, run.start_and_wait(trial, how, ranks, disturbed, limit)
-            if made.status and deaths == len(run.told(disturbed, "faults/*.json")):
-                break  # nobody was killed this time
-            made = replace(made, seconds=before.seconds + made.seconds)
+    reference = run.alone(trial, alone)
+    made = run.start_and_wait(trial, how, trial.ranks, disturbed, limit)
+    while how == "restarts" and made.status:  # on those that are left
+        deaths = len(run.told(disturbed, "faults/*.json"))
+        ranks = max(1, trial.ranks - deaths)
+        before, made = made, run.start_and_wait(trial, how, ranks, disturbed, limit)
+        if made.status and deaths == len(run.told(disturbed, "faults/*.json")):
+            break  # nobody was killed this time
+        made = replace(made, seconds=before.seconds + made.seconds)
+    reference.join()
     return judge(trial, how, made, alone), made
 
 
@@ -70,31 +76,37 @@ def report(trial: Trial, seed: int, verdict: Verdict, made: run.Run) -> str:
 
 
 def run_trials(
-    numbers: list[int], seed: int, how: str, limit: float, keep: Path | None
+    numbers: list[int], seed: int, how: str, limit: float, keep: Path | None, at_once: int
 ) -> dict[str, Any]:
-    """Make these trials, one after the other. Returns what they came to."""
-    verdicts: dict[int, Verdict] = {}
+    """Make these trials, some at once. Returns what they came to."""
     begin = time.monotonic()
-    for number in numbers:
+
+    def one(number: int) -> Verdict:
         trial = draw(seed, number)
         folder = Path(tempfile.mkdtemp(prefix="mpidl-chaos-"))
         try:
-            verdicts[number], made = attempt(trial, how, folder, limit)
-            if verdicts[number].problems:
-                print(report(trial, seed, verdicts[number], made), file=sys.stderr, flush=True)
+            verdict, made = attempt(trial, how, folder, limit)
+            if verdict.problems:
+                print(report(trial, seed, verdict, made), file=sys.stderr, flush=True)
                 if keep is not None:
                     shutil.copytree(folder, keep / f"{seed}-{number}")
+            return verdict
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    seconds = [s for verdict in verdicts.values() for s in verdict.recoveries]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        verdicts = list(pool.map(one, numbers))
+    seconds = [s for verdict in verdicts for s in verdict.recoveries]
     return {
         "trials": len(numbers),
-        **{name: sum(bool(getattr(v, name)) for v in verdicts.values()) for name in COUNTS},
+        **{name: sum(bool(getattr(v, name)) for v in verdicts) for name in COUNTS},
         "median_recovery_s": round(statistics.median(seconds), 3) if seconds else None,
         "worst_recovery_s": round(max(seconds), 3) if seconds else None,
-        "kills": sum(verdict.kills for verdict in verdicts.values()),
+        "kills": sum(verdict.kills for verdict in verdicts),
         "torch_trials": 0,  # mpidl.torch.DataParallel does not go on after a rank's death
-        "failed": [number for number, verdict in verdicts.items() if verdict.problems],
+        "failed": [
+            number for number, verdict in zip(numbers, verdicts, strict=True) if verdict.problems
+        ],
         "seed": seed,
         "seconds": round(time.monotonic() - begin, 1),
     }
@@ -106,12 +118,21 @@ def passed(result: dict[str, Any]) -> bool:
     return quick and not any(result[name] for name in COUNTS)
 
 
+def duration(text: str) -> float:
+    """Return the seconds in "40s", "30m" or "2h"."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    if not unit or not text[:-1].isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: expected such as 40s, 30m or 2h")
+    return float(text[:-1]) * unit
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train while ranks die.")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--only", type=int, action="append", help="make just this trial")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="trials at the same time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds until a run hangs")
     parser.add_argument("--keep", type=Path, default=None, help="folder for what failing runs left")
     parser.add_argument(
@@ -120,15 +141,19 @@ def main() -> int:
         default="elastic",
         help="go on with the ranks that are left, or start again from a checkpoint",
     )
+    parser.add_argument("--soak", type=duration, help="see whether anything grows: 30m, 40s, 2h")
+    parser.add_argument("--ranks", type=int, default=4, help="of the soak")
+    parser.add_argument("--leak", type=int, default=0, help="bytes a step: the soak must find it")
     options = parser.parse_args()
     if options.how == "elastic" and not elastic():
         parser.error("mpidl run has no --elastic")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    if options.soak is not None:
+        found = soak(options.soak, options.ranks, seed, options.leak)
+        print(json.dumps(found, indent=None if options.json else 2))
+        return 1 if found["failed"] else 0
     numbers = options.only or list(range(options.trials))
-    try:
-        result = run_trials(numbers, seed, options.how, options.limit, options.keep)
-    except subprocess.TimeoutExpired as error:
-        parser.exit(1, f"{error}\n")
+    result = run_trials(numbers, seed, options.how, options.limit, options.keep, options.at_once)
     print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 0 if passed(result) else 1
 

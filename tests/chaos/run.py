@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests import job
+from tests.chaos import train, warm
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from tests.chaos.trial import Trial
 
 MARK = "MPIDL_CHAOS"  # in the environment of every process of a run
 STACK_SECONDS = 1.0
-TRAIN = str(Path(__file__).with_name("train.py"))
+OPTIONS = {"elastic": ("--elastic",)}  # of `mpidl run`, by how to go on
+FOLDER = Path(__file__).parent
+TRAIN = str(FOLDER / "train.py")
 
 
 @dataclass(frozen=True)
@@ -37,52 +42,52 @@ class Run:
     folder: Path
 
 
-def alone(trial: Trial, folder: Path) -> subprocess.Popen[bytes]:
+def alone(trial: Trial, folder: Path) -> BaseProcess:
     """Start the same training on one rank, without faults."""
     asked = {**trial.training, "how": "plain", "pace": 0}
-    with (folder / "output").open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, TRAIN, json.dumps(asked), str(folder)],
-            env=job.environment(None, OMP_NUM_THREADS="1"),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=job.ROOT,
-        )
+    settings = job.environment(None, OMP_NUM_THREADS="1")
+    return warm.start(_train, asked, folder, output=folder / "output", environment=settings)
+
+
+def _train(asked: dict[str, Any], folder: Path) -> None:
+    train.main(asked, folder)
+    sys.modules["mpi4py.MPI"].Finalize()  # a process that was forked does nothing at its exit
 
 
 def start_and_wait(trial: Trial, how: str, ranks: int, folder: Path, limit: float) -> Run:
     """Run the training on `ranks` ranks with the trial's faults; "how" is one of train.py's."""
     asked = {**trial.training, "how": how, "pace": trial.pace}
     plan = {"faults": trial.faults, "seed": trial.number, "record": str(folder / "faults")}
+    line = ["-n", str(ranks), *OPTIONS.get(how, ()), TRAIN, json.dumps(asked), str(folder)]
+    return job_of(line, folder, limit, MPIDL_FAULTS=json.dumps(plan))
+
+
+def job_of(line: list[str], folder: Path, limit: float, **settings: str) -> Run:
+    """Make `mpidl run LINE...`, in the environment with `settings`."""
     mark = secrets.token_hex(8)
-    settings = {"OMP_NUM_THREADS": "1", "MPIDL_FAULTS": json.dumps(plan), MARK: mark}
-    line = [sys.executable, "-m", "mpidl", "run", "-n", str(ranks)]
-    line += ["--elastic"] * (how == "elastic")
+    environment = job.environment("openmpi", OMP_NUM_THREADS="1", **settings, **{MARK: mark})
     begin = time.monotonic()
-    with (folder / "output").open("ab") as output:
-        launcher = subprocess.Popen(
-            [*line, TRAIN, json.dumps(asked), str(folder)],
-            env=job.environment("openmpi", **settings),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd=job.ROOT,
-        )
-    stacks, status = "", None
-    try:
-        status = launcher.wait(limit)
-    except subprocess.TimeoutExpired:
-        stacks = look(mark, folder)
+    launcher = warm.start(
+        _launch, ["run", *line], output=folder / "output", environment=environment
+    )
+    launcher.join(limit)
+    status = launcher.exitcode
+    stacks = look(mark, folder) if status is None else ""
     seconds = time.monotonic() - begin
     left = outlived(mark) if status is not None else []
     for pid in processes(mark):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    launcher.wait()
+    launcher.kill()
+    launcher.join()
     text = (folder / "output").read_text(errors="replace")
     return Run(status, text, stacks, left, seconds, folder)
+
+
+def _launch(line: list[str]) -> None:
+    from mpidl.cli.app import app  # no need to import it in the process that judges
+
+    app(line, prog_name="mpidl")
 
 
 def processes(mark: str) -> list[int]:
@@ -115,7 +120,7 @@ def look(mark: str, folder: Path) -> str:
             state = (place / "status").read_text().split("State:")[1].splitlines()[0].strip()
             waits = (place / "wchan").read_text()
             lines.append(f"process {pid}: {state}, in {waits}: {command[:150]}")
-        if TRAIN in command and "mpirun" not in command and "mpidl run" not in command:
+        if str(FOLDER) in command and "mpirun" not in command:
             if spy is not None:
                 dump = [spy, "dump", "--native", "--pid", str(pid)]
                 told = subprocess.run(dump, capture_output=True, text=True, check=False)

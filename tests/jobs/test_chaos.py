@@ -15,7 +15,7 @@ from tests.chaos.trial import MOST_RANKS, draw
 from tests.chaos.verdict import gaps, recoveries, unexplained
 from tests.conftest import SEED
 
-TRIALS = int(os.environ.get("MPIDL_TEST_CHAOS", "5"))
+TRIALS = int(os.environ.get("MPIDL_TEST_CHAOS", "20"))
 
 
 def test_random_faults_lose_nothing() -> None:
@@ -23,11 +23,25 @@ def test_random_faults_lose_nothing() -> None:
         pytest.skip("mpidl run has no --elastic")
     line = ("-m", "tests.chaos", "--json", "--trials", str(TRIALS), "--seed", str(SEED))
     result = job.execute(None, sys.executable, *line, timeout=15 * TRIALS)
-    print(result.output)
+    print(f"python -m tests.chaos --trials {TRIALS} --seed {SEED}: {result.output}")
     assert result.status == 0, result
     told = json.loads(result.output.splitlines()[-1])
     assert told["trials"] == TRIALS
     assert told["kills"] >= 1 or TRIALS < 10
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("leak", "status"), [(0, 0), (1024, 1)])
+def test_nothing_grows_and_a_leak_of_1_kb_a_step_is_found(leak: int, status: int) -> None:
+    line = ("-m", "tests.chaos", "--soak", "40s", "--leak", str(leak), "--json")
+    result = job.execute(None, sys.executable, *line, "--seed", str(SEED), timeout=500)
+    assert result.status == status, result
+    faults, recoveries, *deaths = json.loads(result.output)["parts"]
+    assert faults["steps"] >= 1500
+    assert any("rss grew" in text for text in faults["problems"]) == bool(leak), faults
+    assert recoveries["recoveries"] >= 2
+    assert [part["recoveries"] >= 1 for part in deaths] == [True] * len(deaths)
 
 
 def test_a_fault_in_a_script_that_knows_nothing_of_it(tmp_path: Path) -> None:
@@ -52,6 +66,43 @@ for step in range(4):
     made = [words for words in result.output.splitlines() if words.startswith("it made")]
     assert sorted(made) == [f"it made {rank} {step}" for rank in (0, 1) for step in (0, 1)], result
     assert json.loads((tmp_path / "record/0.json").read_text())["rank"] == 1
+
+
+BEGINS = """
+import sys, time
+import numpy as np
+import mpidl
+from mpidl import data, nn, optim
+from mpidl.checkpoint.saver import Saver
+from mpidl.testing import inject
+from tests.chaos.endure import Alarm
+
+ranks, begin = mpidl.init(), Saver.begin
+x = np.random.default_rng(1).standard_normal((40, 3), np.float32)
+trainer = mpidl.Trainer(nn.Linear(3, 2), nn.mse, optim.SGD(0.1), elastic=True, quiet=True)
+
+
+def begin_late(saver, position):
+    begin(saver, position)
+    if trainer._elastic.recoveries == 0:
+        time.sleep(0.3)
+        trainer.world.comm.Iprobe()  # raises
+
+
+if ranks.rank == 1:
+    Saver.begin = begin_late
+with inject(trainer, Alarm(0, 0, "before")):
+    history = trainer.fit(data.ArrayDataset(x, x[:, :2]), 2, 10)
+print(trainer._elastic.recoveries, len(history), trainer.replica.steps)
+"""
+
+
+def test_a_death_when_only_some_have_begun(tmp_path: Path) -> None:
+    script = job.script(tmp_path, BEGINS)
+    line = (sys.executable, "-m", "mpidl", "run", "--elastic", "-n", "2", script)
+    result = job.execute("openmpi", *line, timeout=30, PYTHONPATH=str(job.ROOT))
+    assert result.status == 0, result
+    assert result.output == "1 2 8\n" * 2, result
 
 
 def test_a_launcher_that_outlives_its_ranks_is_ended() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from mpidl.errors import InvalidArgument
 from mpidl.testing import (
     MOMENTS,
     Corrupt,
+    Cut,
     Hang,
     Kill,
     Plan,
@@ -29,6 +31,7 @@ from mpidl.testing import (
     inject,
     parse,
 )
+from mpidl.testing.__main__ import main
 
 # JAX, which other tests of this process import, warns of any fork: here children end by a signal
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
@@ -271,11 +274,12 @@ def test_faults_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         {"fault": "Kill", "rank": 2, "step": [1, 7], "moment": "any"},
         {"fault": "Slow", "seconds": 0.1},
         {"fault": "Corrupt", "step": 3, "bits": 2},
+        {"fault": "Cut", "seconds": None, "interface": "eth1"},
     ]
     monkeypatch.setenv("MPIDL_FAULTS", json.dumps({"faults": asked, "seed": 4, "record": "x"}))
     plan = faults_from_environment()
     faults = Kill(2, (1, 7), "any"), Slow(seconds=0.1), Corrupt(step=3, bits=2)
-    assert plan == Plan(faults, 4, "x")
+    assert plan == Plan((*faults, Cut(seconds=None, interface="eth1")), 4, "x")
 
 
 @pytest.mark.parametrize(
@@ -295,6 +299,9 @@ def test_faults_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         '{"faults": [{"fault": "Kill", "moment": -1}]}',
         '{"faults": [{"fault": "Kill", "moment": [1]}]}',
         '{"faults": [{"fault": "Raise", "moment": "any"}]}',
+        '{"faults": [{"fault": "Raise", "error": 5}]}',
+        '{"faults": [{"fault": "Cut", "interface": ""}]}',
+        '{"faults": [{"fault": "Cut", "seconds": -1}]}',
         '{"faults": [{"fault": "Stop", "seconds": "1"}]}',
         '{"faults": [{"fault": "Slow", "factor": 0.5}]}',
         '{"faults": [{"fault": "Slow", "factor": null}]}',
@@ -313,3 +320,60 @@ def test_what_cannot_be_is_refused(text: str) -> None:
 def test_moments_are_as_documented() -> None:
     for moment in MOMENTS:
         assert Kill(moment=moment).moment == moment
+
+
+@pytest.mark.parametrize(
+    ("faults", "script", "told"),
+    [
+        ("[1]", __file__, "MPIDL_FAULTS: expected {"),
+        (
+            '{"faults": [{"fault": "Kill", "stp": 1}]}',
+            __file__,
+            "unexpected keyword argument 'stp'",
+        ),
+        ('{"faults": []}', "nowhere.py", "no such script: nowhere.py"),
+    ],
+)
+def test_a_wrong_plan_is_told_in_one_line(
+    faults: str,
+    script: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MPIDL_FAULTS", faults)
+    monkeypatch.setattr("sys.argv", ["mpidl.testing", script])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mpidl.testing: ")
+    assert told in said
+    assert said.count("\n") == 1
+
+
+def test_a_rank_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert steps_of(Raise(3, 0), size=3) == steps_of()
+    assert "no rank 3 among 3: no Raise(rank=3" in capsys.readouterr().err
+    steps_of(Raise(3, 0), rank=1, size=3)
+    assert not capsys.readouterr().err
+
+
+def test_a_host_that_cannot_be_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All ranks hear of it before the first step, and no step is made."""
+    monkeypatch.setattr("mpidl.testing.cut.PATHS", str(tmp_path))  # no tc
+    monkeypatch.setattr("mpidl.testing.cut.links", lambda _: ["eth0"])
+    heard: list[int] = []
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        heard.append(1)
+        yield
+
+    for rank in range(2):
+        replica = Replica(lambda _: None, rank, 2)
+        replica.world.together = together
+        expected = pytest.raises(InvalidArgument, match="tc") if rank == 1 else nullcontext()
+        with expected, inject(replica, Cut(1, 2)):  # type: ignore[arg-type]
+            pass
+    assert heard == [1, 1]

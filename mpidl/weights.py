@@ -84,7 +84,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a new file's name beside `path`; when all went well it is on disk and named `path`.
 
     A reader, and whoever comes after a crash, finds the old file or the new one, both whole.
+    Raises InvalidArgument for the name of a folder, or of a device such as /dev/null, whose place
+    a file would take.
     """
+    if path.exists() and not path.is_file():
+        raise InvalidArgument(f"{path} is no plain file: expected a new name, or that of a file")
     unfinished = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         yield unfinished

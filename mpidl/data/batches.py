@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpidl.array import device_namespace, to_device
+from mpidl.data.dataset import length
 from mpidl.errors import BatchTooLarge, InvalidArgument
+from mpidl.refuse import told, whole
 from mpidl.tree import Tree
 
 if TYPE_CHECKING:
@@ -131,11 +133,12 @@ def batches(
 
 
 def _check(made: Batches) -> None:
-    n = len(made.dataset)
-    if made.batch_size < 1:
-        raise InvalidArgument(f"batch_size={made.batch_size}: expected 1 or more")
-    if made.seed < 0 or made.epoch < 0:
-        raise InvalidArgument(f"seed={made.seed}, epoch={made.epoch}: expected 0 or more")
+    n = length(made.dataset, "batches")
+    whole("batch_size", made.batch_size, 1)
+    whole("seed", made.seed)
+    whole("epoch", made.epoch)
+    if not isinstance(made.shuffle, (bool, np.bool_)):
+        raise InvalidArgument(f"shuffle={told(made.shuffle)}: expected True or False")
     if made.microbatches is not None:
         Tree(made.microbatches, ((0,),))
     if made.batch_size > n:

@@ -49,6 +49,13 @@ def refuses(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def wrong(error: Exception) -> InvalidArgument:
+    """Return what Python or NumPy says of an argument as an error of ours."""
+    made = InvalidArgument(f"{type(error).__name__}: {error}")
+    made.__cause__ = error
+    return made
+
+
 def whole(what: str, value: Any, least: int = 0) -> int:
     """Return a whole number of `least` or more as Python's. Raises InvalidArgument for others."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

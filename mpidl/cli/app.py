@@ -66,7 +66,7 @@ def run(
     environment = launcher.environment(library, ranks)
     program = _or_exit(partial(launcher.program, command, module=module))
     options = _or_exit(partial(launcher.options, library, ranks, elastic=elastic))
-    line = [*options, *shlex.split(launcher_args), *program]
+    line = [*options, *_or_exit(partial(launcher.split, launcher_args)), *program]
     if dry_run:
         changes = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join(["env", *changes, *line] if changes else line))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def limit_memory() -> None:
 
 
 def check_valid(table: dict[str, Callable[[], calls.Given]], journal: calls.Journal) -> None:
-    """Make sure that each function takes what the table gives it: or the rest would prove little."""
+    """Make sure that each function takes what the table gives it, or the rest proves little."""
     for name, make in table.items():
         function, made = calls.names.resolve(name), make()
         journal.note(f"{name} with valid arguments")
@@ -79,26 +80,34 @@ def some(
         places = st.sampled_from(calls.slots(made))
         made.close()
         changes = st.dictionaries(places, hostile.VALUES, min_size=1, max_size=2)
-
-        @hypothesis.seed(options.seed + number)
-        @hypothesis.settings(
-            max_examples=options.examples,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-        )
-        @hypothesis.given(changes)
-        def attempt(found: Any, name: str = name, make: Any = make) -> None:
-            calls.check(name, make, found, journal)
-
-        try:
-            attempt()
-        except calls.Escaped as error:
-            failures.append(str(error))
-        except BaseExceptionGroup as group:
-            failures += [str(error) for error in group.exceptions]
+        attempt = partial(calls.check, name, make, journal=journal)
+        failures += failures_of(attempt, changes, options.seed + number, options.examples)
     return failures
+
+
+def failures_of(
+    attempt: Callable[[Any], None], changes: Any, seed: int, examples: int
+) -> list[str]:
+    """Attempt `examples` of `changes`; what fails is made small, and told."""
+    settings = hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+    )
+
+    @hypothesis.seed(seed)
+    @settings
+    @hypothesis.given(changes)
+    def test(found: Any) -> None:
+        attempt(found)
+
+    try:
+        test()
+    except Exception as error:  # of several kinds, a group of them
+        return [str(one) for one in getattr(error, "exceptions", [error])]
+    return []
 
 
 def every(table: dict[str, Callable[[], calls.Given]], journal: calls.Journal) -> list[str]:

@@ -160,7 +160,7 @@ def _go_through(result: Any) -> None:
 def _quiet() -> Iterator[None]:
     """What is called may print; nobody is to read it."""
     with (
-        open(os.devnull, "w") as nowhere,
+        Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):

@@ -20,9 +20,41 @@ PACKAGES = {
         "mpidl.onnx",
     ),
     "torch": ("mpidl.torch",),
-    "jax": ("mpidl.jax",),
-    "keras": ("mpidl.keras",),
 }  # fmt: skip
+
+#: What users do not call, or make themselves: who calls it hands over what it has checked.
+#: Patterns of names, and why.
+INTERNAL = {
+    "autograd.transforms:Record": "made by trace",
+    "autograd.variable:Variable.bind": "called by buckets",
+    "autograd.variable:Variable.receive": "called by the walk back",
+    "checkpoint:Loaded": "made by load",
+    "codecs.*:*.decode": "called by strategies, with arrays they made",
+    "codecs.*:*.encode": "as decode",
+    "codecs.*:*.nbytes": "as decode",
+    "codecs.int8:Int8.set_stream": "called by checkpoints, which have checked it",
+    "data.batches:Batches*": "made by batches",
+    "data.files:FileDataset": "made by npy and the like",
+    "data.scale:ScaledDataset": "made by Scaler.apply",
+    "data.scale:Scaler.fit": "abstract",
+    "data.text:TextDataset": "made by text",
+    "nn.module:Module.forward": "for subclasses to write",
+    "nn.random:check_state": "tells what is wrong by Python's own errors, as it says",
+    "nn.random:generator": "takes a module of arrays",
+    "optim.*:*.init": "called by Update, with parts of buckets",
+    "optim.*:*.update": "as init",
+    "optim.base:Layers*": "made by Update",
+    "plan.model:Times": "made by times",
+    "strategies.*:*.*": "called by DataParallel, with buckets",
+    "strategies:Choice*": "made by make",
+    "strategies.base:in_turn": "for strategies",
+    "strategies.base:publish_in_turn": "for strategies",
+    "strategies.*:*": "takes a world; options are fuzzed where there are any",
+    "testing.faults:*.act": "called by inject",
+    "testing.faults:*.after": "as act",
+    "trainer:Epoch": "made by fit",
+    "world:World*": "for strategies, which pass what they have checked",
+}
 
 
 def of_group(group: str) -> dict[str, Any]:
@@ -95,10 +127,3 @@ def resolve(name: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-if __name__ == "__main__":
-    for group in PACKAGES:
-        print("##", group)
-        for name in of_group(group):
-            print(name, inspect.signature(resolve(name)))

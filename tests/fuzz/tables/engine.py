@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpidl import functional as F
+from mpidl import functional
 from mpidl.autograd import Tensor, tensor
 from tests.fuzz.calls import Given, given, on
 
@@ -30,8 +30,14 @@ def labels(n: int) -> Any:
     return np.arange(n) % 3
 
 
+def calling(function: Any, *args: Any, **options: Any) -> Given:
+    return given(function, *args, **options)._replace(callbacks=(0,))
+
+
 TABLE: dict[str, Callable[[], Given]] = {
-    "autograd.check:check_gradients": lambda: given(F.exp, array(2), step=1e-6, tolerance=1e-2)._replace(callbacks=(0,)),
+    "autograd.check:check_gradients": lambda: given(
+        functional.exp, array(2), step=1e-6, tolerance=1e-2
+    )._replace(callbacks=(0,)),
     "autograd.tensor:Tensor": lambda: given(array(2, 3), requires_grad=True),
     "autograd.tensor:Tensor.argmax": lambda: on(t(2, 3), 1),
     "autograd.tensor:Tensor.astype": lambda: on(t(2, 3), np.float64),
@@ -49,22 +55,37 @@ TABLE: dict[str, Callable[[], Given]] = {
     "autograd.tensor:Tensor.var": lambda: on(t(2, 3), 1, correction=1, keepdims=True),
     "autograd.tensor:apply": lambda: given("maximum", t(2, 3), t(2, 3)),
     "autograd.tensor:tensor": lambda: given([[1.0, 2.0]], requires_grad=True, dtype=np.float32),
-    "autograd.transforms:grad": lambda: given(F.mean, 0)._replace(
+    "autograd.transforms:grad": lambda: given(functional.mean, 0)._replace(
         then=lambda f: f(array(2, 3)), callbacks=(0,)
     ),
-    "autograd.transforms:jvp": lambda: given(F.exp, array(2, 3), array(2, 3))._replace(callbacks=(0,)),
-    "autograd.transforms:vjp": lambda: given(F.matmul, array(2, 3), array(3, 2))._replace(callbacks=(0,)),
+    "autograd.transforms:jvp": lambda: given(functional.exp, array(2, 3), array(2, 3))._replace(
+        callbacks=(0,)
+    ),
+    "autograd.transforms:vjp": lambda: given(functional.matmul, array(2, 3), array(3, 2))._replace(
+        callbacks=(0,)
+    ),
     "autograd.variable:Variable.backward": lambda: on(t(2, 3) * 2, array(2, 3)),
     "autograd.variable:Variable.on_gradient": lambda: on(t(2, 3), print),
     "functional:abs": lambda: given(t(2, 3)),
     "functional:attention": lambda: given(
-        t(1, 2, 3), t(1, 4, 3), t(1, 4, 2), mask=np.ones((2, 4), bool), causal=True, scale=0.5,
+        t(1, 2, 3),
+        t(1, 4, 3),
+        t(1, 4, 2),
+        mask=np.ones((2, 4), bool),
+        causal=True,
+        scale=0.5,
         drop=np.ones((1, 2, 4), np.float32),
     ),
     "functional:avg_pool2d": lambda: given(t(1, 2, 4, 4), 2, stride=2, padding=0),
     "functional:batch_norm": lambda: given(
-        t(2, 3), t(3), t(3), mean=np.zeros(3, np.float32), var=np.ones(3, np.float32), eps=1e-5,
-        count=2.0, total=None,
+        t(2, 3),
+        t(3),
+        t(3),
+        mean=np.zeros(3, np.float32),
+        var=np.ones(3, np.float32),
+        eps=1e-5,
+        count=2.0,
+        total=None,
     )._replace(callbacks=("total",)),
     "functional:binary_cross_entropy": lambda: given(
         t(2, 3), np.zeros((2, 3), np.float32), reduction="sum"
@@ -114,4 +135,4 @@ TABLE: dict[str, Callable[[], Given]] = {
     "functional:transpose": lambda: given(t(2, 3), (1, 0)),
     "functional:var": lambda: given(t(2, 3), 1, correction=1, keepdims=True),
     "functional:where": lambda: given(np.ones((2, 3), bool), t(2, 3), t(2, 3)),
-}  # fmt: skip
+}

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import mpidl
-from mpidl import checkpoint, data, nn, optim, strategies, testing
+from mpidl import checkpoint, nn, optim, testing
 from mpidl.checkpoint.checkpoints import Checkpoints
 from mpidl.checkpoint.state import EngineState
 from tests.fuzz.calls import Given, given, on
@@ -173,4 +171,3 @@ TABLE: dict[str, Callable[[], Given]] = {
     "weights:save": lambda: given(nn.Linear(3, 2), FOLDER / "model.safetensors"),
     "world:init": lambda: given(abort_on_error=False, stall="warn", check="nothing"),
 }  # fmt: skip
-assert data and np and strategies

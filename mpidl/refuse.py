@@ -59,7 +59,7 @@ def wrong(error: Exception) -> InvalidArgument:
 def whole(what: str, value: Any, least: int = 0) -> int:
     """Return a whole number of `least` or more as Python's. Raises InvalidArgument for others."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InvalidArgument(f"{what}={told(value)}: expected a whole number of {least} or more")
+        raise InvalidArgument(f"{what}={told(value)}: expected a whole number from {least} on")
     return int(value)
 
 

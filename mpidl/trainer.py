@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs, data, exact, nn, progress, signals
 from mpidl.array import is_device
+from mpidl.data.batches import size_in
 from mpidl.done import Done
 from mpidl.errors import InvalidArgument, NonFinite
 from mpidl.evaluation import batch_of, mean_of, means
@@ -202,10 +203,9 @@ class Trainer:
         def batches(epoch: int) -> data.Batches:
             if isinstance(train, data.Loader):
                 return train.epoch(epoch, device=self.device)
-            assert batch_size is not None
             return data.batches(
                 train,
-                batch_size(epoch) if callable(batch_size) else batch_size,
+                size_in(epoch, batch_size),
                 world=self.world,
                 seed=seed,
                 epoch=epoch,

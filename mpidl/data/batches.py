@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -130,6 +130,19 @@ def batches(
         )
         mine = Tree.of(microbatches or 1, world).ranges[world.rank]
     return replace(made, mine=mine)
+
+
+def size_in(epoch: int, batch_size: Any) -> Any:
+    """Return `batch_size`, or what it gives for `epoch` where it is a function. Not collective.
+
+    What the function raises comes back as its value, for `batches` to refuse on every rank.
+    """
+    if not callable(batch_size):
+        return batch_size
+    try:
+        return batch_size(epoch)
+    except Exception as error:
+        return error
 
 
 def _check(made: Batches) -> None:

@@ -167,6 +167,8 @@ def test_all_ranks_raise_the_same(
             if world.rank == odd:
                 options[slot] = VALUES[label]()
             found = outcome(call, options)
+            if world.gather(0) != [0] * world.size:  # one is a call ahead: this could be anything
+                raise AssertionError(f"out of step after {slot}={label} on rank {odd}")
             case = f"{name}({slot}={label}) on rank {odd} of {world.size}"
             told = world.gather(found)
             assert all(ours for _, _, ours in told), (case, told)

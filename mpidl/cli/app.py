@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -37,6 +38,8 @@ app.command()(planning.plan)
 def _main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+        sys.stdout.reconfigure(errors="surrogateescape")
     if version:
         print(__version__)
         raise typer.Exit

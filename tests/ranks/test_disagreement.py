@@ -152,10 +152,15 @@ def outcome(call: Callable[..., Any], options: dict[str, Any]) -> tuple[str, str
 
 @pytest.mark.parametrize("name", CALLS)
 def test_all_ranks_raise_the_same(
-    name: str, world: mpidl.World, rng: np.random.Generator, tmp_path: Path
+    name: str,
+    world: mpidl.World,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     call, valid = CALLS[name]
     folder = world.broadcast(tmp_path)
+    monkeypatch.chdir(folder)  # some values are names of folders
     checkpoint.save(made := replica(), folder / "there")
     made.close()
     assert outcome(call, valid(folder)) == ("", "", True)

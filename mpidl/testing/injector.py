@@ -9,17 +9,20 @@ import time
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl.errors import InvalidArgument
 from mpidl.parallel import DataParallel
+from mpidl.refuse import refuses, told, whole
 from mpidl.testing.cut import Cut
+from mpidl.weights import path_of
 from mpidl.world import current
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from mpidl.testing.faults import Fault
     from mpidl.trainer import Trainer
@@ -53,7 +56,13 @@ def inject(
 
     Raises whatever a `Raise` asks for, from `DataParallel.step`.
     """
-    injector = _Injector(faults, seed, None if record is None else Path(record))
+    whole("inject: seed", seed)
+    for fault in faults:
+        if not hasattr(fault, "act"):
+            raise InvalidArgument(
+                f"inject: expected faults, such as Kill(step=3), found {told(fault)}"
+            )
+    injector = _Injector(faults, seed, _folder(record))
     if any(isinstance(fault, Cut) for fault in faults):
         injector.try_out(current() if target is None else target.world)
     if target is not None and not injector.mine(target.world):
@@ -76,6 +85,11 @@ def inject(
         undo.callback(injector.close)
         _replace(undo, kind, "step", step)
         yield
+
+
+@refuses
+def _folder(record: str | Path | None) -> Path | None:
+    return None if record is None else path_of(record)
 
 
 @dataclass

@@ -76,6 +76,24 @@ def fault_tolerant() -> bool:
     return os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112  # its spelling
 
 
+def replace() -> bool:
+    """MPIDL_REPLACE: whether new ranks are spawned for those that die (`mpidl run --replace`)."""
+    return fault_tolerant() and os.environ.get("MPIDL_REPLACE") == "1"
+
+
+def spawned() -> str | None:
+    """MPIDL_SPAWNED: "PID HOST" of the rank that has spawned this one in another's place."""
+    return os.environ.get("MPIDL_SPAWNED") if replace() else None
+
+
+def min_ranks() -> int:
+    """MPIDL_MIN_RANKS: with how many ranks, at least, training goes on when others have died."""
+    value = os.environ.get("MPIDL_MIN_RANKS", "1")
+    if not value.isdigit() or int(value) < 1:
+        raise InvalidArgument(f"MPIDL_MIN_RANKS={value!r}: expected a whole number from 1 on")
+    return int(value)
+
+
 def launched() -> bool:
     """Whether any launcher started this process: all speak PMIx or PMI with their ranks."""
     return any(name.startswith(("PMIX_", "PMI_", "PMI2_", "OMPI_COMM_")) for name in os.environ)

@@ -38,6 +38,7 @@ TAG = 1
 WAITING, HEARD, ASK, ANSWER = range(4)  # kinds of messages
 
 _watchdog: Watchdog | None = None
+_asked: tuple[float, str] | None = None  # the arguments of `start`
 
 
 def start(world: World, seconds: float, action: str) -> None:
@@ -48,16 +49,17 @@ def start(world: World, seconds: float, action: str) -> None:
         seconds: how long a call may wait before it is told; 0: for ever.
         action: "abort" or "warn": whether to end the job.
     """
-    global _watchdog
+    global _watchdog, _asked
+    _asked = seconds, action
     if _watchdog is not None:
         _watchdog.stop()
     _watchdog = Watchdog(world, seconds, action) if world.size > 1 else None
 
 
 def again(world: World) -> None:
-    """Watch with the same settings, in a world of the ranks that are left. Collective."""
-    if _watchdog is not None:
-        start(world, _watchdog.limit, "abort" if _watchdog.ends else "warn")
+    """Watch with the same settings, in another world. Collective."""
+    if _asked is not None:
+        start(world, *_asked)
 
 
 @final

@@ -34,7 +34,8 @@ class Saver:
     `after_step` and `after_epoch` are all that the loop calls. What it is to do, it finds out
     without messages: numbers of steps are the same on all ranks, and where time decides, rank 0
     tells at which step it is to be asked again. With `world` these ranks, such as those of each
-    node, write for themselves; and a signal is nothing to them.
+    node, write for themselves; and a signal is nothing to them. `check` is called before each
+    checkpoint is begun, `after` after it, but for the first.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Saver:
         resume: str | Path | bool,
         world: World | None = None,
         check: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> None:
         self.trainer, self.world, self.every = trainer, trainer.world, every
-        self._leaves, self._check = world is None, check
+        self._leaves, self._check, self._after = world is None, check, after
         self._least = every if world is not None and isinstance(every, timedelta) else None
         with self.world.together():
             _check(every, resume)
@@ -105,6 +107,8 @@ class Saver:
         self._save(at, {})
         if stop:
             self._leave()
+        if self._after is not None:
+            self._after()
 
     def after_epoch(self, result: Epoch) -> None:
         """Write a checkpoint; leave if a signal came. Collective."""
@@ -115,6 +119,8 @@ class Saver:
             stop = self.world.sum([stop])[0] > 0
         if stop and self._leaves:
             self._leave()
+        if self._after is not None:
+            self._after()
 
     def _leave(self) -> None:
         self.checkpoints.close()

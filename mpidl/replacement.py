@@ -334,15 +334,16 @@ def _share(elastic: Elastic, ranks: World) -> None:
 def _spawn(newcomer: Newcomer, MPI: Any, told: dict[str, Any], host: str | None) -> None:
     """Start a process, and tell it who it is. Returns when its MPI has started."""
     process = f"{os.getpid()} {os.uname().nodename}"
-    passed = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON) and "\n" not in v}
-    lines = [f"{name}={value}" for name, value in {**passed, "MPIDL_SPAWNED": process}.items()]
+    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    passed["MPIDL_SPAWNED"] = process
+    # values of MPI_Info are short: so env(1) sets the environment
+    line = [*(f"{name}={value}" for name, value in passed.items()), sys.executable]
     try:
         info = MPI.Info.Create()
         info.Set("wdir", str(FOLDER))
-        info.Set("PMIX_ENVAR", "\n".join(lines))
         if host is not None:
             info.Set("host", host)
-        inter = MPI.COMM_SELF.Spawn(sys.executable, sys.orig_argv[1:], 1, info)
+        inter = MPI.COMM_SELF.Spawn("/usr/bin/env", [*line, *sys.orig_argv[1:]], 1, info)
         pair = inter.Merge(high=False)
         pair.send(told, 1, TAG)
         newcomer.pair = pair

@@ -96,5 +96,5 @@ def on_node(MPI: Any, comm: Any) -> Any:
     if not config.replace():
         return comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
     # Open MPI does not find out whether a rank that was spawned later shares it
-    place = MPI.Get_processor_name(), os.stat("/dev/shm").st_dev
+    place = MPI.Get_processor_name(), Path("/dev/shm").stat().st_dev
     return comm.Split(comm.allgather(place).index(place), comm.rank)

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidl import abort, checkpoint, config, exact, signals
+from mpidl import abort, checkpoint, config, exact, signals, spawned
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.state import EngineState
 from mpidl.done import Done, place
@@ -61,7 +61,7 @@ class Saver:
         self.checkpoints = checkpoint.Checkpoints(state, folder, keep=keep, best=best)
         self._options = folder, every, keep, best
         self._saved_at = time.monotonic()
-        if resume is not False:
+        if resume is not False and spawned.parent is None:  # it gets the others' state
             self._resume(state, self.checkpoints.folder if resume is True else Path(resume))
         self._begun = trainer.replica.steps  # when the last checkpoint was made
         self._look_step = self._begun + FIRST_LOOK  # when to look at the clock

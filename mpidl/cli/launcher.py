@@ -158,7 +158,8 @@ def replacing(least: int | None, *, replace: bool) -> dict[str, str]:
     if replace:
         wanted["MPIDL_REPLACE"] = "1"
         # this one asks who shares a node, and Open MPI does not know it of ranks spawned later
-        wanted["OMPI_MCA_coll"] = os.environ.get("OMPI_MCA_coll", "^han")
+        if "OMPI_MCA_coll" not in os.environ:  # its spelling
+            wanted["OMPI_MCA_coll"] = "^han"
     return wanted
 
 

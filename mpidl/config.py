@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpidl.errors import InvalidArgument
@@ -84,6 +85,12 @@ def replace() -> bool:
 def spawned() -> str | None:
     """MPIDL_SPAWNED: "PID HOST" of the rank that has spawned this one in another's place."""
     return os.environ.get("MPIDL_SPAWNED") if replace() else None
+
+
+def status_file() -> Path | None:
+    """MPIDL_STATUS_FILE: where `mpidl run` looks for the status of ranks that end the run."""
+    path = os.environ.get("MPIDL_STATUS_FILE")
+    return Path(path) if path else None
 
 
 def min_ranks() -> int:

@@ -133,7 +133,9 @@ class Elastic:
         common = set.intersection(*map(set, ranks.gather(names)))
         newest = next((name for name in names if name in common), None)
         if newest is None:
-            ranks.agree(MpidlError("a rank died before the first snapshot was complete"))
+            failed = "another rank has failed" if not self.folder.exists() else None
+            problem = failed or "a rank died before the first snapshot was complete"
+            ranks.agree(MpidlError(problem))
         assert newest is not None
         if ranks.local_rank == 0:  # newer ones, of other nodes' ranks that died
             for name in names[: names.index(newest)]:

@@ -298,7 +298,7 @@ def _join(elastic: Elastic) -> World:
     inter = ranks.comm.Create_intercomm(0, parent.comm, 0, TAG)
     assert elastic.replacements is not None
     grown = _world_of(ranks.MPI, inter.Merge(high=True), elastic.replacements.number)
-    spawned.parent = None
+    spawned.parent, abort.counts = None, True
     _take(elastic, grown)
     _share(elastic, grown)
     return grown

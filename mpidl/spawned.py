@@ -87,6 +87,7 @@ def named(world: World) -> World:
         leave()
     signal.setitimer(signal.ITIMER_REAL, 0)
     parent = Parent(comm, process, told)
+    abort.counts = False
     abort.end_without_finalizing(world.comm)
     return dataclasses.replace(world, **{k: v for k, v in told.items() if k != "hosts"})
 

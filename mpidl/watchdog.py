@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -190,7 +191,18 @@ class Watchdog(threading.Thread):
                 stream.flush()
         if self.link is None:  # MPI is another thread's: the launcher ends the others
             os._exit(STATUS)
+        abort.note_status(STATUS)
+        self._end_spawned()
         self.mark.comm.Abort(STATUS)
+
+    def _end_spawned(self) -> None:
+        """Kill this host's ranks that MPI_Abort leaves alone: those of other MPI_COMM_WORLDs."""
+        MPI, group = self.MPI, self.mark.comm.Get_group()
+        places = group.Translate_ranks(None, MPI.COMM_WORLD.Get_group())
+        for rank, place in enumerate(places):
+            if place == MPI.UNDEFINED and self.places[rank].host == self.places[self.rank].host:
+                with suppress(OSError):
+                    os.kill(self.places[rank].process, signal.SIGKILL)
 
     def _waits(self, now: float) -> list[Wait]:
         """Return what this rank waits in, the longest wait first."""

@@ -84,7 +84,10 @@ def run(
         return
     sys.stdout.flush()
     if library.vendor == "openmpi":
-        raise typer.Exit(attend.run(line, {**os.environ, **environment}))
+        with attend.status_file() as (path, told):
+            environment["MPIDL_STATUS_FILE"] = path
+            status = attend.run(line, {**os.environ, **environment})
+            raise typer.Exit(status or told())
     # The launcher takes this process's place: its exit status and Ctrl-C need no one between.
     os.execve(line[0], line, {**os.environ, **environment})
 

@@ -32,9 +32,9 @@ class Killing(data.ArrayDataset):
     def take(self, indices):
         Killing.taken += 1
         kill = f"{'new' if spawned else 'old'}:{rank}:{Killing.taken}"
-        if kill in kills:
-            with open(f"{folder}/{kill}", "x"):  # not a second time
-                os.kill(os.getpid(), 9)
+        if kill in kills and not os.path.exists(f"{folder}/{kill}"):  # not a second time
+            open(f"{folder}/{kill}", "x").close()
+            os.kill(os.getpid(), 9)
         if trainer.world.size < size and "quick" not in kills:
             time.sleep(0.04)  # there is time for a replacement
         return super().take(indices)

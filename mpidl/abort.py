@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpidl import config
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _agreed: int | None = None  # the status with which all ranks are leaving togeth
 _noted: int | None = None  # that of a run that otherwise ends well
 _statuses: list[int] = []  # of `watch`
 _before: list[Callable[[], object]] = []  # of `before`
+counts = True  #: whether the run fails where this rank does: one that is to join may
 _barrier: Any = None  # communicator, where ranks have died: for the end, in place of MPI_Finalize
 
 
@@ -68,6 +70,17 @@ def end_without_finalizing(comm: Any) -> None:
     """Let this process end after a barrier: MPI_Finalize may hang after others have died."""
     global _barrier, _process
     _barrier, _process = comm, os.getpid()
+
+
+def note_status(status: int) -> None:
+    """Leave the status with which this rank ends the run for `mpidl run`, if it is on this host.
+
+    Open MPI's launcher may return 0 where ranks have died before.
+    """
+    path = config.status_file()
+    if path is not None and counts:
+        with suppress(OSError), path.open("r+") as file:  # on other hosts there is none
+            file.write(f"{status}\n")
 
 
 def leave_together(status: int) -> NoReturn:
@@ -235,7 +248,9 @@ class _Guard:
         for function in (*_before, _unlink_segments):
             with suppress(Exception):
                 function()
-        self.comm.Abort(status & 255 or 1)  # the system keeps 8 bits: 256 would be success
+        status = status & 255 or 1  # the system keeps 8 bits: 256 would be success
+        note_status(status)
+        self.comm.Abort(status)
 
 
 def _unlink_segments() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpidl.errors import InvalidArgument
@@ -87,6 +88,30 @@ def launched_size() -> tuple[str, int] | None:
 def fault_tolerant() -> bool:
     """Whether this MPI goes on when a rank dies: Open MPI's launcher tells, given --with-ft."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112  # its spelling
+
+
+def replace() -> bool:
+    """MPIDL_REPLACE: whether new ranks are spawned for those that die (`mpidl run --replace`)."""
+    return fault_tolerant() and os.environ.get("MPIDL_REPLACE") == "1"
+
+
+def spawned() -> str | None:
+    """MPIDL_SPAWNED: "PID HOST" of the rank that has spawned this one in another's place."""
+    return os.environ.get("MPIDL_SPAWNED") if replace() else None
+
+
+def status_file() -> Path | None:
+    """MPIDL_STATUS_FILE: where `mpidl run` looks for the status of ranks that end the run."""
+    path = os.environ.get("MPIDL_STATUS_FILE")
+    return Path(path) if path else None
+
+
+def min_ranks() -> int:
+    """MPIDL_MIN_RANKS: with how many ranks, at least, training goes on when others have died."""
+    value = os.environ.get("MPIDL_MIN_RANKS", "1")
+    if not value.isdigit() or int(value) < 1:
+        raise InvalidArgument(f"MPIDL_MIN_RANKS={value!r}: expected a whole number from 1 on")
+    return int(value)
 
 
 def launched() -> bool:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpidl import abort, config, data, warm, watchdog, world
+from mpidl import abort, config, data, replacement, spawned, warm, watchdog, world
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.saver import Saver
 from mpidl.errors import InvalidArgument, MpidlError
@@ -63,13 +63,18 @@ class Elastic:
         replica, ranks = trainer.replica, trainer.world
         with ranks.together():
             _check(trainer)
+            config.min_ranks()
+        self.folder: Path | None = None
+        self._writing: list[Checkpoints] = []  # the last one is at work
+        self._before = 0  # epochs done by earlier calls of `fit`
+        self.replacements = replacement.of(ranks)
+        if spawned.parent is not None:  # it joins the others in `run`
+            return
         self.folder = MEMORY / f"{PREFIX}{warm.name(ranks)}-{ranks.node}"
         parts = ranks.gather([(ranks.node, *_ends(replica, flat)) for flat in replica.buckets])
         with ranks.together():
             _check_owned(trainer, parts)
-        self._writing: list[Checkpoints] = []  # the last one is at work
-        self._end = weakref.finalize(self, _remove, self.folder, self._writing, os.getpid())
-        abort.before(self._end if config.run() is None else self._abandon)
+        self._keep()
         if ranks.local_rank == 0:
             _sweep()
         snapshot = warm.bring(ranks, self.folder, replica.steps)
@@ -79,17 +84,25 @@ class Elastic:
 
     def run(self, train: Dataset | data.Loader, fit: Callable[[], T]) -> T:
         """Call `fit` until it ends without a rank's death. Collective."""
-        before, self.trainer.begins = self.trainer.epochs, True
-        lost = False
+        self._before, self.trainer.begins = self.trainer.epochs, True
+        news = self.replacements
+        lost = news is not None and spawned.parent is not None
+        if news is not None and lost:
+            done = replacement.wait(len(news.results))
+            if done is not None:
+                news.results.append(done)
+                return done  # type: ignore[return-value]
         while True:
             try:
                 if lost:
-                    self._recover(before)
+                    self._recover()
                     if isinstance(train, data.Loader):
                         train.world = self.trainer.world
                 lost = False
                 result = fit()
                 self.check()
+                if news is not None:
+                    news.results.append(result)  # type: ignore[arg-type]
                 return result
             except Exception as error:  # noqa: PERF203  # a `fit`, not a step
                 lost = True
@@ -108,20 +121,26 @@ class Elastic:
         if not agreed(self.trainer.world, well=True):
             raise RankDied("another rank has died")
 
-    def _recover(self, before: int) -> None:
-        """Go back to the newest snapshot that all nodes have, with the ranks that are left."""
-        trainer = self.trainer
+    def _recover(self) -> None:
+        """Go back to the newest snapshot that all nodes have, with the ranks that there are."""
+        trainer, news = self.trainer, self.replacements
+        joins = spawned.parent is not None or (news is not None and news.joining is not None)
         for saver in (trainer.memory, trainer.saver):
             if saver is not None:
                 saver.checkpoints.abandon()
         trainer.replica.close()
-        trainer.world = ranks = shrunk(trainer.world)
-        self.recoveries += 1
+        trainer.world = ranks = replacement.grown(self) if joins else shrunk(trainer.world)
+        self.recoveries += not joins
+        if news is None and ranks.size < config.min_ranks():
+            ranks.agree(MpidlError(replacement.too_few(ranks.size, config.min_ranks())))
+        assert self.folder is not None
         names = [path.name for path in complete(self.folder)]
         common = set.intersection(*map(set, ranks.gather(names)))
         newest = next((name for name in names if name in common), None)
         if newest is None:
-            ranks.agree(MpidlError("a rank died before the first snapshot was complete"))
+            failed = "another rank has failed" if not self.folder.exists() else None
+            problem = failed or "a rank died before the first snapshot was complete"
+            ranks.agree(MpidlError(problem))
         assert newest is not None
         if ranks.local_rank == 0:  # newer ones, of other nodes' ranks that died
             for name in names[: names.index(newest)]:
@@ -130,13 +149,59 @@ class Elastic:
         trainer.replicate()
         trainer.memory = self._saver(resume=self.folder / newest)
         trainer.begins = False  # on all: the death may have come when some had begun
-        trainer.done.left -= before
+        trainer.done.left -= self._before
         steps, s = trainer.replica.steps, "s" * (ranks.size > 1)
-        trainer.done.told = f"ranks were lost: {ranks.size} rank{s} go on from update {steps}"
+        what = "a new rank has joined" if joins else "ranks were lost"
+        trainer.done.told = f"{what}: {ranks.size} rank{s} go on from update {steps}"
         if trainer.saver is not None:
             trainer.saver = trainer.saver.again()
+        if news is not None:
+            news.look(ranks)
+
+    def _grow(self) -> None:
+        """Let a new rank join if one is ready, after a snapshot. Collective."""
+        news, trainer = self.replacements, self.trainer
+        assert news is not None
+        ready = news.poll(trainer.world)
+        if ready is None:
+            return
+        for saver in trainer._savers:  # its snapshot is what all go on from
+            saver.checkpoints.finish()
+        self.check()
+        news.joining = ready
+        raise RankDied("none has: another one is to join")
+
+    def shared(self) -> dict[str, Any]:
+        """Return what a new rank has to know."""
+        trainer, news = self.trainer, self.replacements
+        folder = trainer._folder
+        return {
+            "before": self._before,
+            "begins": trainer.begins,
+            "recoveries": self.recoveries,
+            "results": [] if news is None else news.results,
+            "out": None if folder is None else folder.path,
+        }
+
+    def take(self, folder: Path, told: dict[str, Any]) -> None:
+        """Take over what `shared` returned on another rank."""
+        trainer = self.trainer
+        self.folder, self._before, trainer.begins = folder, told["before"], told["begins"]
+        self.recoveries = told["recoveries"]
+        if told["out"] is not None:
+            from mpidl.run_folder import RunFolder  # as in `Trainer`
+
+            trainer._folder = RunFolder.opened(told["out"])
+        self._keep()
+
+    def _keep(self) -> None:
+        """See that the folder of snapshots is removed at the end."""
+        assert self.folder is not None
+        self._end = weakref.finalize(self, _remove, self.folder, self._writing, os.getpid())
+        abort.before(self._end if config.run() is None else self._abandon)
 
     def _saver(self, resume: Path | bool) -> Saver:
+        assert self.folder is not None
         made = Saver(
             self.trainer,
             self.folder,
@@ -146,6 +211,7 @@ class Elastic:
             resume,
             world=self.trainer.world.on_node(),
             check=self.check,
+            after=None if self.replacements is None else self._grow,
         )
         self._writing[:] = [made.checkpoints]
         return made
@@ -156,7 +222,8 @@ class Elastic:
 
     def close(self) -> None:
         """Remove the snapshots of this node. Not collective: others may have died since `fit`."""
-        self._end()
+        if self.folder is not None:
+            self._end()
 
 
 def died(ranks: World, error: BaseException) -> bool:

@@ -34,6 +34,13 @@ class RunFolder:
             if self.writes:
                 self._create({**settings, **_environment(world, hosts)})
 
+    @classmethod
+    def opened(cls, path: Path) -> RunFolder:
+        """Return the folder that others have made, for a rank that came later. Not collective."""
+        made = cls.__new__(cls)
+        made.path, made.writes = path, False
+        return made
+
     def _create(self, config: dict[str, Any]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mpidl import codecs, data, exact, nn, progress, signals
+from mpidl import codecs, data, exact, nn, progress, replacement, signals
 from mpidl.array import is_device
 from mpidl.data.batches import size_in
 from mpidl.done import Done
@@ -107,7 +107,7 @@ class Trainer:
         quiet: bool = False,
         elastic: bool = False,
     ) -> None:
-        self.world = world or current()
+        self.world = replacement.own(world or current())
         self.model, self.loss = model, loss
         if metrics is None:
             metrics = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
@@ -327,7 +327,7 @@ class Trainer:
 
     @property
     def _savers(self) -> list[Saver]:
-        return [saver for saver in (self.memory, self.saver) if saver is not None]
+        return [saver for saver in (self.saver, self.memory) if saver is not None]
 
     def _open_folder(self, samples: int, **arguments: Any) -> RunFolder | None:
         """Return the run folder, made at the first call, if rank 0 wants one. Collective."""

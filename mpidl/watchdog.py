@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ TAG = 1
 WAITING, HEARD, ASK, ANSWER = range(4)  # kinds of messages
 
 _watchdog: Watchdog | None = None
+_asked: tuple[float, str] | None = None  # the arguments of `start`
 
 
 def start(world: World, seconds: float, action: str) -> None:
@@ -48,16 +50,17 @@ def start(world: World, seconds: float, action: str) -> None:
         seconds: how long a call may wait before it is told; 0: for ever.
         action: "abort" or "warn": whether to end the job.
     """
-    global _watchdog
+    global _watchdog, _asked
+    _asked = seconds, action
     if _watchdog is not None:
         _watchdog.release()
     _watchdog = Watchdog(world, seconds, action) if world.size > 1 else None
 
 
 def again(world: World) -> None:
-    """Watch with the same settings, in a world of the ranks that are left. Collective."""
-    if _watchdog is not None:
-        start(world, _watchdog.limit, "abort" if _watchdog.ends else "warn")
+    """Watch with the same settings, in another world. Collective."""
+    if _asked is not None:
+        start(world, *_asked)
 
 
 @final
@@ -188,7 +191,18 @@ class Watchdog(threading.Thread):
                 stream.flush()
         if self.link is None:  # MPI is another thread's: the launcher ends the others
             os._exit(STATUS)
+        abort.note_status(STATUS)
+        self._end_spawned()
         self.mark.comm.Abort(STATUS)
+
+    def _end_spawned(self) -> None:
+        """Kill this host's ranks that MPI_Abort leaves alone: those of other MPI_COMM_WORLDs."""
+        MPI, group = self.MPI, self.mark.comm.Get_group()
+        places = group.Translate_ranks(None, MPI.COMM_WORLD.Get_group())
+        for rank, place in enumerate(places):
+            if place == MPI.UNDEFINED and self.places[rank].host == self.places[self.rank].host:
+                with suppress(OSError):
+                    os.kill(self.places[rank].process, signal.SIGKILL)
 
     def _waits(self, now: float) -> list[Wait]:
         """Return what this rank waits in, the longest wait first."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidl import abort, array, config, mpi, watchdog
+from mpidl import abort, array, config, mpi, spawned, watchdog
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.marks import Mark, shared, some
 from mpidl.refuse import WRONG, wrong
@@ -55,7 +55,7 @@ class World:
     def of(cls, MPI: Any, comm: Any) -> World:
         """Clone `comm` and find out who shares a node with whom. Collective."""
         comm = _noted(comm.Clone())
-        local = _noted(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
+        local = _noted(spawned.on_node(MPI, comm))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}
         for rank, leader in enumerate(leaders):
@@ -311,11 +311,12 @@ def init(
     seconds = config.stall_seconds()
     if _world is None:
         MPI = mpi.load()
+        spawned.before_start()
         mpi.start(MPI)
         if MPI.COMM_WORLD.size > 1 and isinstance(sys.stdout, io.TextIOWrapper):
             # Each rank's lines at once, but whole: unbuffered, those of several ranks get mixed.
             sys.stdout.reconfigure(line_buffering=True, write_through=False)
-        _world = World.of(MPI, MPI.COMM_WORLD)
+        _world = spawned.named(World.of(MPI, MPI.COMM_WORLD))
         array.bind_device(_world.local_rank)
         watchdog.start(_world, seconds, stall)
         check = checks

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl import abort, config
+from mpidl import abort, config, spawned
 from mpidl.checkpoint import folder as folders
 from mpidl.checkpoint.manifest import Manifest
 from mpidl.checkpoint.pieces import Sheet, shares
@@ -64,7 +64,7 @@ class Checkpoints:
         self._writer: Writer | None = None
         self._unfinished: Path | None = None
         self._claim = self._kept = None
-        if self.world.rank == 0:
+        if self.world.rank == 0 and spawned.parent is None:  # the others are at work in it
             self._claim = folders.Claim(self.folder)
             self._kept = folders.Kept(self.folder, keep, rule)
 

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidl import abort, checkpoint, config, exact, signals
+from mpidl import abort, checkpoint, config, exact, signals, spawned
 from mpidl.checkpoint import manifest
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.state import EngineState
@@ -36,7 +36,8 @@ class Saver:
     `after_step` and `after_epoch` are all that the loop calls. What it is to do, it finds out
     without messages: numbers of steps are the same on all ranks, and where time decides, rank 0
     tells at which step it is to be asked again. With `world` these ranks, such as those of each
-    node, write for themselves; and a signal is nothing to them. A run that `mpidl run --restarts`
+    node, write for themselves; and a signal is nothing to them. `check` is called before each
+    checkpoint is begun, `after` after it, but for the first. A run that `mpidl run --restarts`
     started again goes on from its own newest checkpoint, also where `resume` says otherwise.
     """
 
@@ -50,10 +51,11 @@ class Saver:
         resume: str | Path | bool,
         world: World | None = None,
         check: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
         again: bool = False,
     ) -> None:
         self.trainer, self.world, self.every = trainer, trainer.world, every
-        self._leaves, self._check = world is None, check
+        self._leaves, self._check, self._after = world is None, check, after
         self._least = every if world is not None and isinstance(every, timedelta) else None
         with self.world.together():
             _check(every, resume)
@@ -65,7 +67,7 @@ class Saver:
         self._saved_at = time.monotonic()
         if world is None and not again:
             resume = self.world.broadcast(self._of_this_run()) or resume
-        if resume is not False:
+        if resume is not False and spawned.parent is None:  # it gets the others' state
             self._resume(state, self.checkpoints.folder if resume is True else Path(resume))
         self._begun = trainer.replica.steps  # when the last checkpoint was made
         self._look_step = self._begun + FIRST_LOOK  # when to look at the clock
@@ -120,6 +122,8 @@ class Saver:
         self._save(at, {})
         if stop:
             self._leave()
+        if self._after is not None:
+            self._after()
 
     def after_epoch(self, result: Epoch) -> None:
         """Write a checkpoint; leave if a signal came. Collective."""
@@ -130,6 +134,8 @@ class Saver:
             stop = self.world.sum([stop])[0] > 0
         if stop and self._leaves:
             self._leave()
+        if self._after is not None:
+            self._after()
 
     def _leave(self) -> None:
         self.checkpoints.close()

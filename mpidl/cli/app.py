@@ -58,6 +58,13 @@ def run(
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Go on when a rank is killed: Trainer(elastic=True).")
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="With --elastic: spawn new ranks for those killed.")
+    ] = False,
+    min_ranks: Annotated[
+        int | None,
+        typer.Option("--min-ranks", min=1, help="With --elastic: end when fewer are left."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
@@ -65,10 +72,14 @@ def run(
     SCRIPT is a Python file, or any other program. A convenience: mpirun, mpiexec and srun
     work just as well.
     """
+    if not elastic and (replace or min_ranks is not None):
+        print("mpidl: --replace and --min-ranks need --elastic", file=sys.stderr)
+        raise typer.Exit(2)
     library = _or_exit(launcher.find)
     environment = launcher.environment(library, ranks)
+    environment.update(launcher.replacing(min_ranks, replace=replace))
     program = _or_exit(partial(launcher.program, command, module=module))
-    options = _or_exit(partial(launcher.options, library, ranks, elastic=elastic))
+    options = _or_exit(partial(launcher.options, library, ranks, elastic=elastic, replace=replace))
     line = [*options, *_or_exit(partial(launcher.split, launcher_args)), *program]
     if dry_run:
         changes = [f"{name}={value}" for name, value in environment.items()]
@@ -76,7 +87,10 @@ def run(
         return
     sys.stdout.flush()
     if library.vendor == "openmpi":
-        raise typer.Exit(attend.run(line, {**os.environ, **environment}))
+        with attend.status_file() as (path, told):
+            environment["MPIDL_STATUS_FILE"] = path
+            status = attend.run(line, {**os.environ, **environment})
+            raise typer.Exit(status or told())
     # The launcher takes this process's place: its exit status and Ctrl-C need no one between.
     os.execve(line[0], line, {**os.environ, **environment})
 

@@ -12,12 +12,13 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SI_KERNEL = 128  # of asm-generic/siginfo.h: from the terminal, to the launcher too
@@ -71,6 +72,18 @@ def run(line: Sequence[str], environment: Mapping[str, str]) -> int:
     signal.signal(-child.returncode, signal.SIG_DFL)
     os.kill(os.getpid(), -child.returncode)
     return 128 - child.returncode
+
+
+@contextmanager
+def status_file() -> Iterator[tuple[str, Callable[[], int]]]:
+    """Give a file for ranks that end the run to write their status into, and how to read it."""
+    with tempfile.NamedTemporaryFile(prefix="mpidl-status-") as file:
+
+        def told() -> int:
+            words = Path(file.name).read_text().split()
+            return int(words[0]) if words else 0
+
+        yield file.name, told
 
 
 def _has_children(pid: int) -> bool:

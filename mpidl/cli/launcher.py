@@ -122,12 +122,13 @@ def options(
     environment: Iterable[str] = (),
     *,
     elastic: bool = False,
+    replace: bool = False,
 ) -> list[str]:
     """Return the launcher and its options, up to where the program follows.
 
     With `hosts` their ranks run there, each with those of the variables named in `environment` that
-    it needs. With `elastic` those that are left go on when one is killed. Raises InvalidArgument
-    where it is not known how to tell the launcher.
+    it needs. With `elastic` those that are left go on when one is killed; with `replace` they may
+    spawn others. Raises InvalidArgument where it is not known how to tell the launcher.
     """
     if elastic and library.vendor != "openmpi":
         raise InvalidArgument(
@@ -149,6 +150,8 @@ def options(
         # to one core.
         line += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         line += ["--with-ft", "ulfm"] * elastic
+        if replace:  # one that was spawned, and is killed, is no failure of the whole job, either
+            line += ["--prtemca", "state_base_recoverable", "1"]
     return line
 
 
@@ -158,6 +161,17 @@ def split(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise InvalidArgument(f"--launcher-args {text!r}: {error}") from error
+
+
+def replacing(least: int | None, *, replace: bool) -> dict[str, str]:
+    """Return what to add to the environment for `mpidl run --replace --min-ranks LEAST`."""
+    wanted = {} if least is None else {"MPIDL_MIN_RANKS": str(least)}
+    if replace:
+        wanted["MPIDL_REPLACE"] = "1"
+        # this one asks who shares a node, and Open MPI does not know it of ranks spawned later
+        if "OMPI_MCA_coll" not in os.environ:  # its spelling
+            wanted["OMPI_MCA_coll"] = "^han"
+    return wanted
 
 
 def environment(

@@ -22,7 +22,7 @@ from mpidl.collectives.messages import ANSWER, BATCH, pack, unpack
 from mpidl.collectives.stall import Stall
 from mpidl.collectives.timer import Timer, pause
 from mpidl.link import Link
-from mpidl.world import NAP_SECONDS
+from mpidl.world import NAP_SECONDS, noted
 
 if TYPE_CHECKING:
     from mpidl.collectives.coordinator import Extras
@@ -61,6 +61,7 @@ class Driver:
         self.failure: BaseException | None = None
         self.quiet = False  #: whether the thread must be woken
         self._link = Link(self.world)
+        noted(self._link.comm)
         self._coordinator = Coordinator(world.size) if world.rank == 0 else None
         self._stall = None
         if self._coordinator is not None:

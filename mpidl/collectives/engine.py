@@ -167,6 +167,12 @@ class Engine:
             self._driver.failure = InvalidArgument("the engine is closed")
             self._driver.free()
 
+    def abandon(self, error: BaseException) -> None:
+        """End at once, and what is in flight with `error`: ranks have died. Not collective."""
+        self._closed = True
+        self._driver.stop()
+        self._driver.fail(error)
+
     def _submit_new(self, requests: list[Request], handles: list[Handle]) -> None:
         """Submit what is one item: with all that there is to know of it, or by its id."""
         driver, process_set = self._driver, requests[0].process_set

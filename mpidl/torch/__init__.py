@@ -81,6 +81,7 @@ from mpidl.torch.session import (
     rocm_built,
     shutdown,
     size,
+    stop_requested,
 )
 from mpidl.torch.sparse import sparse_allreduce_async
 from mpidl.torch.sync_batch_norm import SyncBatchNorm
@@ -160,6 +161,7 @@ __all__ = [
     "size",
     "sparse_allreduce_async",
     "start_timeline",
+    "stop_requested",
     "stop_timeline",
     "synchronize",
 ]

@@ -90,6 +90,7 @@ from mpidl.torch.timeline import start_timeline, stop_timeline
 __all__ = [
     "Adasum",
     "Average",
+    "Checkpointed",
     "Compression",
     "DataParallel",
     "DistributedOptimizer",
@@ -168,9 +169,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `DataParallel` where it is first asked for."""
+    """Import `DataParallel` and `Checkpointed` where they are first asked for."""
     if name == "DataParallel":
         from mpidl.torch.parallel import DataParallel
 
         return DataParallel
+    if name == "Checkpointed":
+        from mpidl.torch.checkpointed import Checkpointed
+
+        return Checkpointed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,6 +99,12 @@ class Gradients:
         """Return what was counted since the last average; where nothing was, what it was then."""
         return self._weight if self._rows is None else self._rows
 
+    def forget(self) -> None:
+        """Forget gradients, and samples counted, since the last average. Not collective."""
+        self._fresh.clear()
+        self._rows, self._task = None, None
+        self._forget()
+
     def sources(self) -> dict[str, Source]:
         """Return what tells of the gradient of each parameter that it is complete, by name."""
         return {place.name: Source(self._listeners[i]) for i, place in enumerate(self.places)}

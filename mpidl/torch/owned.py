@@ -110,6 +110,16 @@ class OwnedSteps:
     def _load(self) -> None:
         self._loaded = True
 
+    def take(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Take over the state of what is owned. Not collective, but for all ranks to do."""
+        self._loaded = False
+        self.optimizer.state.clear()
+        for shard, part in zip(self.state.shards, parts, strict=True):
+            for name, value in part.items():
+                if torch.is_tensor(value) and value.ndim:
+                    part[name] = value.to(shard.values.device)
+        self.state.take(parts)
+
     def _take_over(self) -> None:
         """Take the state of whole parameters that the optimizer was given, if it was."""
         if self._loaded:

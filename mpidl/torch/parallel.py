@@ -85,15 +85,15 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         self.module, self.optimizer = module, optimizer
         self._place: tuple[int, int] | None = None  # that `split` goes on from
         self._batch_dim = batch_dim
-        self._asked = {
-            "strategy": strategy,
-            "codec": codec,
-            "by_element": by_element,
-            "broadcast_buffers": broadcast_buffers,
-            "overlap": overlap,
-            "bucket_bytes": bucket_bytes,
-            "microbatches": microbatches,
-        }
+        self._asked = SimpleNamespace(
+            strategy=strategy,
+            codec=codec,
+            by_element=by_element,
+            broadcast_buffers=broadcast_buffers,
+            overlap=overlap,
+            bucket_bytes=bucket_bytes,
+            microbatches=microbatches,
+        )
         self._register_load_state_dict_pre_hook(add_prefix)
         self.enter(world or current())
 
@@ -106,7 +106,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         self._undo = undo = ExitStack()
         self._owned: OwnedSteps | None = None
         self._loop: Loop | None = None
-        asked, module, optimizer = SimpleNamespace(**self._asked), self.module, self.optimizer
+        asked, module, optimizer = self._asked, self.module, self.optimizer
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         world.same_lines(places.describe(module))
@@ -116,14 +116,10 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             if getattr(asked.strategy, "asynchronous", False):
                 raise InvalidArgument("an asynchronous strategy: expected one that averages")
             if asked.microbatches is not None and any(p.is_cuda for p in module.parameters()):
-                raise InvalidArgument(
-                    f"microbatches={asked.microbatches}: expected a module on the CPU"
-                )
+                raise InvalidArgument("microbatches: expected a module on the CPU")
             group_of = groups_of(optimizer, trained, frozen)
         half = any(p.dtype in places.HALF for p in trained.values())
-        by_element = asked.by_element
-        if by_element is None:
-            by_element = steps_by_element(optimizer)
+        by_element = steps_by_element(optimizer) if asked.by_element is None else asked.by_element
         owns = optimizer is not None and by_element and not half  # parts of parameters, if any
         world.same(
             f"bucket_bytes={asked.bucket_bytes!r}, overlap={asked.overlap!r}, "
@@ -133,13 +129,11 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         )
         size = places.size_bytes(trained)
         on_device = any(p.is_cuda for p in trained.values())
+        taken = not made_for_thread(asked.strategy)
         beside = for_thread(
             world,
             asked.overlap,
-            (
-                "a strategy that was made for this thread",
-                not made_for_thread(asked.strategy),
-            ),
+            ("a strategy that was made for this thread", taken),
             ("a module on the GPU", on_device),
             ("microbatches", asked.microbatches is not None),
         )
@@ -309,7 +303,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def place(self) -> tuple[int, int] | None:
-        """Seed and number of the step of `split`, from which random numbers come; None without."""
+        """Seed and step from which the random numbers of `split` come; None without it."""
         return self._place if self._loop is None else (self._loop.seed, self._loop.step)
 
     @place.setter

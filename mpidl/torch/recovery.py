@@ -32,7 +32,7 @@ def check(state: State) -> None:
     with sessions.active().world.together():
         kept = state.optimizers()
         for replica in state.replicas():
-            if not isinstance(replica._asked["strategy"], str) or replica.choice.name in LIBRARIES:
+            if not isinstance(replica._asked.strategy, str) or replica.choice.name in LIBRARIES:
                 raise InvalidArgument(
                     f"elastic.run with strategy {replica.choice.name!r}, which does not survive a "
                     "rank's death: expected the name of another one"

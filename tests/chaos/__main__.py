@@ -93,7 +93,7 @@ def run_trials(
         "median_recovery_s": round(statistics.median(seconds), 3) if seconds else None,
         "worst_recovery_s": round(max(seconds), 3) if seconds else None,
         "kills": sum(verdict.kills for verdict in verdicts.values()),
-        "torch_trials": 0,  # mpidl.torch.DataParallel does not go on after a rank's death
+        "torch_trials": sum(bool(draw(seed, number).training["torch"]) for number in numbers),
         "failed": [number for number, verdict in verdicts.items() if verdict.problems],
         "seed": seed,
         "seconds": round(time.monotonic() - begin, 1),

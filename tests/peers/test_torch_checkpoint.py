@@ -191,7 +191,7 @@ def test_of_horovods_interface(world: mpidl.World, rng: np.random.Generator, sha
     def make(seed: int) -> Any:
         torch.manual_seed(seed + world.rank)
         module = torch.nn.Sequential(torch.nn.Linear(4, 300), torch.nn.BatchNorm1d(300))
-        module.half = torch.nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
+        module.narrow = torch.nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
         mt.broadcast_parameters(dict(module.named_parameters()))
         plain = torch.optim.SGD(module.parameters(), torch.tensor(0.1), momentum=0.9)
         optimizer = mt.DistributedOptimizer(plain, module.named_parameters())
@@ -200,7 +200,7 @@ def test_of_horovods_interface(world: mpidl.World, rng: np.random.Generator, sha
     def step(module: Any, optimizer: Any) -> None:
         optimizer.zero_grad()
         noise = torch.randn(8, 4)
-        (module(noise).square().sum() + module.half.float().square().sum()).backward()
+        (module(noise).square().sum() + module.narrow.float().square().sum()).backward()
         optimizer.step()
 
     seed = int(rng.integers(100))

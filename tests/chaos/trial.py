@@ -71,8 +71,11 @@ def draw(seed: int, number: int) -> Trial:
     }
     training["commit_every"] = one([1, 2, 5])
     training["torch"] = trains_torch
-    if trains_torch and training["microbatches"] is None:
-        training.update(strategy=one(EXACT), microbatches=int(rng.integers(2, 9)))
+    if trains_torch:
+        if training["microbatches"] is None:
+            training.update(strategy=one(EXACT), microbatches=int(rng.integers(2, 9)))
+        rest = SAMPLES % training["batch_size"]  # PyTorch does not normalize single samples
+        training["batch_norm"] &= rest // training["microbatches"] > 1
     trial = Trial(number, ranks, bool(rng.random() < 0.6), training, [])
     victims = [*map(int, rng.permutation(ranks))][: ranks - 1]  # one is left
     for _ in range(int(rng.integers(1, 4))):

@@ -10,6 +10,7 @@ from mpidl.collectives.coordinator import ADD, REMOVE
 from mpidl.collectives.driver import CLOSE, JOIN, Driver
 from mpidl.collectives.request import Description, Handle, Item, Request, describe, signature
 from mpidl.errors import InvalidArgument
+from mpidl.world import noted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ class Engine:
     def __init__(self, world: World) -> None:
         self.world = world
         self._driver = Driver(world)
+        noted(self._driver.link.comm)
         self._in_flight, self._known = self._driver.in_flight, self._driver.known.ids
         self._ids = self._driver.ids
         self._sets_asked, self._closed = 0, False

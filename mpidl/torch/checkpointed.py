@@ -16,10 +16,11 @@ from mpidl.checkpoint.state import check_same
 from mpidl.errors import CheckpointError, InvalidArgument
 from mpidl.torch import plain
 from mpidl.torch import session as sessions
-from mpidl.torch.parts import Model, Object, Optimizer, Part, Value
+from mpidl.torch.parts import Model, Optimizer, Part, Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mpidl.array import Array
     from mpidl.checkpoint.reader import Stored
@@ -179,6 +180,40 @@ class Checkpointed:
         for name, part in self.parts.items():
             part.check(stored, numbers[name])
         return numbers
+
+
+class Object:
+    """Anything with a `state_dict`, the same on all ranks."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def told(self) -> str:
+        """Return its class."""
+        return type(self.value).__name__
+
+    def values(self, ranks: int) -> Iterator[Value]:  # noqa: ARG002
+        """Yield nothing: its tensors are those of its numbers."""
+        yield from ()
+
+    def numbers(self, tensors: dict[str, Any]) -> Any:
+        """Return its state."""
+        return plain.encode(self.value.state_dict(), self.name, tensors)
+
+    def check(self, stored: Stored, numbers: Any) -> None:
+        """Do nothing: it knows itself what it can load."""
+
+    def read(self, reader: Reader, numbers: Any) -> Any:
+        """Return its state."""
+        return plain.decode(numbers, reader.object)
+
+    def apply(self, change: Any, path: Path) -> None:
+        """Let it load its state. Raises CheckpointError where it refuses."""
+        try:
+            self.value.load_state_dict(change)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path}: {self.name} cannot load its state: {text}") from error
 
 
 class Reader:

@@ -196,11 +196,10 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             )
 
     def leave(self) -> None:
-        """Give back what the strategy took, in the middle of whatever this was doing.
+        """Give back what the strategy took. Not collective: other ranks may have died.
 
-        Not collective: other ranks may have died. Parameters are in memory of this rank alone then,
-        with what values they had; the optimizer has no state where its parts had owners. Until
-        `enter` only `load_state_dict` can be called. A second call does nothing.
+        Parameters are in memory of this rank alone then; an optimizer whose state has owners has
+        none. Until `enter` only `load_state_dict` can be called. A second call does nothing.
         """
         self._place = self.place
         self._undo.close()
@@ -315,10 +314,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def stop_requested(self) -> bool:
-        """Whether any rank got SIGTERM or SIGUSR1 (see `mpidl.signals`) before the last average.
-
-        The same on all ranks.
-        """
+        """Whether any rank had got SIGTERM or SIGUSR1 (`mpidl.signals`) by the last average."""
         return self._gradients.stop_requested
 
     def close(self) -> None:

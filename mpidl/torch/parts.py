@@ -318,37 +318,3 @@ class Optimizer:
             return
         self.optimizer.state.clear()
         self.optimizer.state.update(state)
-
-
-class Object:
-    """Anything with a `state_dict`, the same on all ranks."""
-
-    def __init__(self, name: str, value: Any) -> None:
-        self.name, self.value = name, value
-
-    def told(self) -> str:
-        """Return its class."""
-        return type(self.value).__name__
-
-    def values(self, ranks: int) -> Iterator[Value]:  # noqa: ARG002
-        """Yield nothing: its tensors are those of its numbers."""
-        yield from ()
-
-    def numbers(self, tensors: dict[str, Any]) -> Any:
-        """Return its state."""
-        return plain.encode(self.value.state_dict(), self.name, tensors)
-
-    def check(self, stored: Stored, numbers: Any) -> None:
-        """Do nothing: it knows itself what it can load."""
-
-    def read(self, reader: Reader, numbers: Any) -> Any:
-        """Return its state."""
-        return plain.decode(numbers, reader.object)
-
-    def apply(self, change: Any, path: Path) -> None:
-        """Let it load its state. Raises CheckpointError where it refuses."""
-        try:
-            self.value.load_state_dict(change)
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{path}: {self.name} cannot load its state: {text}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -109,7 +110,8 @@ class Jobs:
         lines = [(label, str(FOLDER / name), *line.split()) for label, name, line in runs]
         path = job.script(self.folder, f"RUNS = {lines}\n{ALL}")
         if ranks == 1:
-            (self.folder / "kept").replace(self.folder / "stopped")
+            shutil.rmtree(self.folder / "stopped")
+            (self.folder / "kept").rename(self.folder / "stopped")
         result = job.run("openmpi", ranks, path, cwd=self.folder, timeout=120, OMP_NUM_THREADS="1")
         assert result.status == 0, result
         parts = re.split(r"^== (.*)\n", result.output, flags=re.MULTILINE)

@@ -101,11 +101,11 @@ def check_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert same, name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "asgd"])
 def test_losses_go_on_bit_for_bit(
-    optimizer: str, world: mpidl.World, rng: np.random.Generator, shared: Path
+    world: mpidl.World, rng: np.random.Generator, shared: Path
 ) -> None:
     """On as many ranks as before, and on one."""
+    optimizer = str(rng.choice(list(OPTIMIZERS)))
     seed, cuts, stop = int(rng.integers(100)), int(rng.integers(1, 6)), int(rng.integers(1, 5))
     options: dict[str, Any] = {"microbatches": cuts, "optimizer": optimizer}
     first = Training(world, seed, **options)

@@ -13,13 +13,13 @@ class Link:
     """Sends and receives without waiting, on a communicator of its own. Made collectively."""
 
     def __init__(self, world: World) -> None:
-        self._MPI, self._comm = world.MPI, world.comm.Clone()
+        self._MPI, self.comm = world.MPI, world.comm.Clone()
         self._status = world.MPI.Status()
         self._leaving: list[Any] = []  # requests, which hold their messages
 
     def send(self, message: bytes, rank: int, tag: int) -> None:
         """Send a message, and return at once."""
-        request = self._comm.Isend([message, self._MPI.BYTE], rank, tag)
+        request = self.comm.Isend([message, self._MPI.BYTE], rank, tag)
         self._leaving.append((request, message))
 
     def settle(self) -> bool:
@@ -36,7 +36,7 @@ class Link:
     def receive(self, source: int, tag: int) -> tuple[int, bytearray] | None:
         """Return a message that has come, with its sender, or None. `source` -1: from any rank."""
         MPI, status = self._MPI, self._status
-        found = self._comm.Improbe(MPI.ANY_SOURCE if source < 0 else source, tag, status)
+        found = self.comm.Improbe(MPI.ANY_SOURCE if source < 0 else source, tag, status)
         if found is None:
             return None
         message = bytearray(status.Get_count(MPI.BYTE))
@@ -46,4 +46,4 @@ class Link:
 
     def free(self) -> None:
         """Give the communicator back. Collective."""
-        self._comm.Free()
+        self.comm.Free()

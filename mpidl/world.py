@@ -54,8 +54,8 @@ class World:
     @classmethod
     def of(cls, MPI: Any, comm: Any) -> World:
         """Clone `comm` and find out who shares a node with whom. Collective."""
-        comm = _noted(comm.Clone())
-        local = _noted(spawned.on_node(MPI, comm))
+        comm = noted(comm.Clone())
+        local = noted(spawned.on_node(MPI, comm))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}
         for rank, leader in enumerate(leaders):
@@ -253,7 +253,7 @@ def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
-def _noted(comm: Any) -> Any:
+def noted(comm: Any) -> Any:
     """Let `revoke` know of a communicator, as long as it is there."""
     _communicators[:] = [ref for ref in _communicators if ref() is not None]
     _communicators.append(weakref.ref(comm))

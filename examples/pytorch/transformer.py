@@ -1,6 +1,6 @@
 """Learn to write like a text, character by character: a small transformer in PyTorch.
 
-mpidl run -n 2 examples/pytorch/transformer.py --text FILE --checkpoint FILE
+mpidl run -n 2 examples/pytorch/transformer.py --text FILE --checkpoint FOLDER
 
 With clipping, a schedule, accumulation over parts of a batch, and a checkpoint after every epoch,
 from which the same command goes on, on any number of ranks. Without --text it learns from the
@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import mpidl
-from mpidl import data
-from mpidl.torch import DataParallel, loader
+from mpidl import checkpoint, data
+from mpidl.torch import Checkpointed, DataParallel, loader
 
 LENGTH = 64  # characters that the model looks back on
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=2, help="parts of a rank's share")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="where to save, and to go on from")
+    parser.add_argument("--checkpoint", type=Path, help="folder to save to, and to go on from")
     parser.add_argument("--stop-after", type=int, help="end after this epoch, to go on later")
     args = parser.parse_args()
     world = mpidl.init()
@@ -82,13 +82,9 @@ def main() -> None:
         optimizer, 3e-3, steps, pct_start=0.1, cycle_momentum=False
     )
     replica = DataParallel(model, optimizer)
-    done = 0
+    state, done = Checkpointed(replica, optimizer, schedule), 0
     if args.checkpoint and args.checkpoint.exists():  # on all ranks
-        saved = torch.load(args.checkpoint, weights_only=True)
-        replica.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        done = saved["epochs"]
+        done = checkpoint.load(state, args.checkpoint).extra["epochs"]
 
     for epoch in range(done, args.stop_after or args.epochs):
         batches.set_epoch(epoch)
@@ -106,14 +102,11 @@ def main() -> None:
             optimizer.step()
             schedule.step()
         mean = world.sum([total])[0] / (len(text) * LENGTH)
-        replica.gather_optimizer_state()  # where each rank has a part of it
         if world.rank == 0:
             print(f"epoch {epoch + 1:<3}      loss {mean:.6f}")
-            if args.checkpoint:
-                saved = {"model": replica.state_dict(), "optimizer": optimizer.state_dict()}
-                saved |= {"schedule": schedule.state_dict(), "epochs": epoch + 1}
-                torch.save(saved, f"{args.checkpoint}.new")
-                Path(f"{args.checkpoint}.new").replace(args.checkpoint)  # all of it, or the old one
+        if args.checkpoint:
+            updates, extra = (epoch + 1) * len(batches), {"epochs": epoch + 1}
+            checkpoint.save(state, args.checkpoint, step=updates, extra=extra)
 
     if world.rank == 0:
         x, y = windows(rest).tensors

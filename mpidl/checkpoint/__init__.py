@@ -49,9 +49,10 @@ class Loaded:
 
 
 def save(
-    what: DataParallel | Trainer,
+    what: DataParallel | Trainer | State,
     folder: str | Path,
     *,
+    step: int | None = None,
     metrics: Mapping[str, float] | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int = 3,
@@ -60,21 +61,31 @@ def save(
     """Write a checkpoint below `folder`, and return its path when it is on the disk. Collective.
 
     The last `keep` are kept, and the best: see `Checkpoints`, which writes while training goes on.
-    `extra` is for your own loop: what JSON has, the same on every rank, such as the epoch.
+    `extra` is for your own loop: what JSON has, the same on every rank, such as the epoch. `step`
+    is the number of updates made, which a `State` of your own or `mpidl.torch.Checkpointed` does
+    not know.
 
     Returns None where it could not be written, after a warning; see `Checkpoints`, for what is
     raised too.
     """
-    replica, told = _parts(what)
-    made = Checkpoints(_state(replica), folder, keep=keep, best=best)
+    state, known = _parts(what)
+    step = known.pop("step", None) if step is None else step
+    with state.world.together():
+        if not isinstance(step, int) or step < 0:
+            raise InvalidArgument(f"save: {step=}: expected the number of updates made")
+    made = Checkpoints(state, folder, keep=keep, best=best)
     try:
-        made.save(replica.steps, metrics=metrics, extra=extra, made_by=made_by(replica), **told)
-    finally:
+        made.save(step, metrics=metrics, extra=extra, **known)
         made.close()
+    except BaseException:
+        made.abandon()
+        raise
     return None if made.failed else made.last
 
 
-def load(what: DataParallel | Trainer, path: str | Path, *, fallback: bool = False) -> Loaded:
+def load(
+    what: DataParallel | Trainer | State, path: str | Path, *, fallback: bool = False
+) -> Loaded:
     """Give `what` the state of a checkpoint. Collective.
 
     `path` is a checkpoint, or a folder of them: then the newest. Ranks, nodes, strategy and buckets
@@ -84,9 +95,9 @@ def load(what: DataParallel | Trainer, path: str | Path, *, fallback: bool = Fal
     Raises CheckpointError on every rank, before anything is changed: there is none; a file is
     missing, cut short or damaged; it is of another model or optimizer.
     """
-    replica, _ = _parts(what)
-    loaded = restore(_state(replica), path, fallback=fallback)
-    if what is not replica:
+    state, _ = _parts(what)
+    loaded = restore(state, path, fallback=fallback)
+    if _is_trainer(what):
         what.epochs = loaded.manifest.epoch  # type: ignore[union-attr]
     return loaded
 
@@ -141,20 +152,23 @@ def made_by(replica: DataParallel) -> dict[str, Any]:
     }
 
 
-def _state(replica: DataParallel) -> State:
+def _parts(what: Any) -> tuple[State, dict[str, Any]]:
+    """Return the state of `what`, and what is known of it for a manifest."""
     from mpidl.checkpoint.state import EngineState
-
-    return EngineState(replica)
-
-
-def _parts(what: Any) -> tuple[DataParallel, dict[str, Any]]:
     from mpidl.parallel import DataParallel
 
     if isinstance(what, DataParallel):
-        return what, {}
-    replica = getattr(what, "replica", None)
-    if not isinstance(replica, DataParallel):
+        return EngineState(what), {"step": what.steps, "made_by": made_by(what)}
+    if _is_trainer(what):
+        state, more = _parts(what.replica)
+        return state, {**more, "epoch": what.epochs}
+    if not all(hasattr(what, name) for name in ("tensors", "held", "numbers", "restore")):
         raise InvalidArgument(
-            f"checkpoint: expected a DataParallel or a Trainer, found {told(what)}"
+            f"checkpoint: expected a DataParallel, a Trainer, or mpidl.torch.Checkpointed(model, "
+            f"optimizer), found {told(what)}"
         )
-    return replica, {"epoch": what.epochs}
+    return what, {"made_by": what.made_by()} if hasattr(what, "made_by") else {}
+
+
+def _is_trainer(what: Any) -> bool:
+    return hasattr(what, "replica") and hasattr(what, "epochs")

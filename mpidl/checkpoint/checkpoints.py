@@ -85,6 +85,10 @@ class Checkpoints:
         JSON does not have.
         """
         self.finish()
+        if self.state.changes:
+            tensors = tuple(self.state.tensors())
+            if tensors != self._tensors:
+                self._tensors, self._sheet = tensors, None
         with self.world.together():
             whole("checkpoint: step", step)
             whole("checkpoint: epoch", epoch)
@@ -125,7 +129,6 @@ class Checkpoints:
         writer, world = self._writer, self.world
         if writer is None:
             return self.last
-        self._writer = None
         if world.rank != 0:
             writer.join()
         failures = [text for text in world.gather(self._problem(writer)) if text]
@@ -134,6 +137,7 @@ class Checkpoints:
                 writer.cancelled.set()
             writer.join()
         path, problem = world.broadcast((writer.path, self._problem(writer)))
+        self._writer = None
         failures = failures or ([problem] if problem else [])
         self.seconds = writer.seconds
         if path is not None:

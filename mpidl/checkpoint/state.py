@@ -18,6 +18,7 @@ from mpidl.strategies import Hierarchical
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mpidl.array import Array
     from mpidl.checkpoint.reader import Stored
@@ -31,6 +32,7 @@ class State(Protocol):
     """What a checkpoint asks of whatever it keeps; other frameworks may have their own."""
 
     world: World
+    changes: bool  #: whether `tensors` may be others from checkpoint to checkpoint
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors of the state, the same on every rank. Collective."""
@@ -56,6 +58,8 @@ class EngineState:
     local steps each group has parameters and states of its own; each node has what its codec left
     out; each rank has its own buffers (a running mean, say), between two averages of them.
     """
+
+    changes = False
 
     def __init__(self, replica: DataParallel, world: World | None = None) -> None:
         self.replica, self.world = replica, world or replica.world
@@ -207,18 +211,7 @@ class EngineState:
         """Raise CheckpointError where the model or the optimizer is another one."""
         mine = {(t.kind, t.name): t for t in tensors if not t.kind.startswith("codec.")}
         theirs = {k: t for k, t in stored.tensors.items() if not k[0].startswith("codec.")}
-        wrong = [f"{_told(t)} is not in it" for k, t in mine.items() if k not in theirs]
-        wrong += [f"{_told(t)} is not the model's" for k, t in theirs.items() if k not in mine]
-        wrong += [
-            f"{_told(theirs[k])}, the model's has shape {t.shape} and dtype {t.dtype}"
-            for k, t in mine.items()
-            if k in theirs and (theirs[k].shape, theirs[k].dtype) != (t.shape, t.dtype)
-        ]
-        if wrong:
-            more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-            raise CheckpointError(
-                f"{stored.path} is of another model or optimizer: {'; '.join(wrong[:SHOWN])}{more}"
-            )
+        check_same(stored.path, mine, theirs)
 
     def value(self, stored: Stored, held: Held) -> Array:
         """Return what is stored for what this rank holds: its own copy, or the mean of all."""
@@ -234,6 +227,24 @@ class EngineState:
         total = held.kind == "codec.error"  # what all nodes left out, in equal parts
         value = combined(stored, held.kind, held.name, held.start, stop, mean=not total)
         return value / copies if total else value
+
+
+def check_same(
+    path: Path, mine: dict[tuple[str, str], Tensor], theirs: dict[tuple[str, str], Tensor]
+) -> None:
+    """Raise CheckpointError, with the first tensors that are not the same here and in `path`."""
+    wrong = [f"{_told(t)} is not in it" for k, t in mine.items() if k not in theirs]
+    wrong += [f"{_told(t)} is not the model's" for k, t in theirs.items() if k not in mine]
+    wrong += [
+        f"{_told(theirs[k])}, the model's has shape {t.shape} and dtype {t.dtype}"
+        for k, t in mine.items()
+        if k in theirs and (theirs[k].shape, theirs[k].dtype) != (t.shape, t.dtype)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise CheckpointError(
+            f"{path} is of another model or optimizer: {'; '.join(wrong[:SHOWN])}{more}"
+        )
 
 
 def _tensor(kind: str, name: str, data: Array, copies: int = 1) -> Tensor:

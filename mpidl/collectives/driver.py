@@ -60,7 +60,7 @@ class Driver:
         self.known = Known(self.in_flight)
         self.failure: BaseException | None = None
         self.quiet = False  #: whether the thread must be woken
-        self._link = Link(self.world)
+        self.link = Link(self.world)
         self._coordinator = Coordinator(world.size) if world.rank == 0 else None
         self._stall = None
         if self._coordinator is not None:
@@ -166,19 +166,19 @@ class Driver:
         moved = bool(self.ids or self.items)
         items = _drained(self.items)
         ids = _drained(self.ids)  # after: JOIN or CLOSE must not overtake what came before them
-        self._link.settle()
+        self.link.settle()
         if self._coordinator is None:
             if moved:
                 batch = pack(np.array(ids, np.int32), items or None)
-                self._link.send(batch, 0, BATCH)
-            found = self._link.receive(0, ANSWER)
+                self.link.send(batch, 0, BATCH)
+            found = self.link.receive(0, ANSWER)
             if found is not None:
                 self._execute(Answer(*unpack(found[1])))
             return moved or found is not None
         if moved:
             self._take(self._coordinator, 0, np.array(ids, np.int32), items)
         while self.world.size > 1:
-            found = self._link.receive(-1, BATCH)
+            found = self.link.receive(-1, BATCH)
             if found is None:
                 break
             moved = True
@@ -206,7 +206,7 @@ class Driver:
             if rank:
                 if id(answer) not in messages:
                     messages[id(answer)] = pack(answer.ids, answer.extras)
-                self._link.send(messages[id(answer)], rank, ANSWER)
+                self.link.send(messages[id(answer)], rank, ANSWER)
         if 0 in answers:
             self._execute(answers[0])
 
@@ -295,7 +295,7 @@ class Driver:
 
     def _busy(self) -> bool:
         listens = self._coordinator is not None and self._coordinator.listens
-        waits = bool(self.in_flight) or listens or not self._link.settled
+        waits = bool(self.in_flight) or listens or not self.link.settled
         return self.failure is None and waits
 
     def _run(self, timer: Timer) -> None:
@@ -326,10 +326,10 @@ class Driver:
 
     def free(self) -> None:
         """Give the communicators back, after `stop`. Collective."""
-        while not self._link.settle():
+        while not self.link.settle():
             time.sleep(NAP_SECONDS)
         self.executor.close()
-        self._link.free()
+        self.link.free()
         self.world.local.Free()
         self.world.comm.Free()
 

@@ -10,6 +10,7 @@ from mpidl.collectives.coordinator import ADD, REMOVE
 from mpidl.collectives.driver import CLOSE, JOIN, Driver
 from mpidl.collectives.request import Description, Handle, Item, Request, describe, signature
 from mpidl.errors import InvalidArgument
+from mpidl.world import noted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ class Engine:
     def __init__(self, world: World) -> None:
         self.world = world
         self._driver = Driver(world)
+        noted(self._driver.link.comm)
         self._in_flight, self._known = self._driver.in_flight, self._driver.known.ids
         self._ids = self._driver.ids
         self._sets_asked, self._closed = 0, False
@@ -166,6 +168,12 @@ class Engine:
         if self._driver.failure is None:
             self._driver.failure = InvalidArgument("the engine is closed")
             self._driver.free()
+
+    def abandon(self, error: BaseException) -> None:
+        """End at once, and what is in flight with `error`: ranks have died. Not collective."""
+        self._closed = True
+        self._driver.stop()
+        self._driver.fail(error)
 
     def _submit_new(self, requests: list[Request], handles: list[Handle]) -> None:
         """Submit what is one item: with all that there is to know of it, or by its id."""

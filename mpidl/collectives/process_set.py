@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
+from mpidl.world import noted
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -29,6 +31,7 @@ class ProcessSet:
         comm = world.comm.Split(0 if world.rank in ranks else MPI.UNDEFINED, world.rank)
         if comm == MPI.COMM_NULL:
             return cls(number, ranks, None)
+        comm = noted(comm)
         return cls(number, ranks, replace(world, comm=comm, rank=comm.rank, size=comm.size))
 
     def free(self) -> None:

@@ -81,6 +81,7 @@ from mpidl.torch.session import (
     rocm_built,
     shutdown,
     size,
+    stop_requested,
 )
 from mpidl.torch.sparse import sparse_allreduce_async
 from mpidl.torch.sync_batch_norm import SyncBatchNorm
@@ -89,6 +90,7 @@ from mpidl.torch.timeline import start_timeline, stop_timeline
 __all__ = [
     "Adasum",
     "Average",
+    "Checkpointed",
     "Compression",
     "DataParallel",
     "DistributedOptimizer",
@@ -160,15 +162,20 @@ __all__ = [
     "size",
     "sparse_allreduce_async",
     "start_timeline",
+    "stop_requested",
     "stop_timeline",
     "synchronize",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `DataParallel` where it is first asked for."""
+    """Import `DataParallel` and `Checkpointed` where they are first asked for."""
     if name == "DataParallel":
         from mpidl.torch.parallel import DataParallel
 
         return DataParallel
+    if name == "Checkpointed":
+        from mpidl.torch.checkpointed import Checkpointed
+
+        return Checkpointed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

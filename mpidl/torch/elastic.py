@@ -1,7 +1,7 @@
-"""Training that goes on after an error, from the last commit in memory; `hvd.elastic`.
+"""Training that goes on from the last commit in memory, after an error or a rank's death.
 
-For now over the ranks that there are: a failed operation is undone on all of them. Where ranks
-come and go, `session.rebuild` is where the new set is to be found.
+`hvd.elastic`. A failed operation is undone on all ranks. Under `mpidl run --elastic` a rank that is
+killed is left out: see `recovery`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import queue
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from mpidl.elastic import RankDied
+from mpidl.torch import recovery
 from mpidl.torch import session as sessions
 from mpidl.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
 from mpidl.torch.elastic_sampler import ElasticSampler
@@ -34,26 +37,47 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
     back to the last commit; after HostsUpdatedInterrupt nothing is lost. Then come the callbacks
     of `state.register_reset_callbacks`. Collective: the error must come on every rank, as those of
     the operations do. An error that comes FAILURES times, with no commit between, is raised.
+
+    Under `mpidl run --elastic` ranks may be killed: those that are left go back to the last commit,
+    and have other numbers from there on. What `state` holds is at work for them again, each
+    `DataParallel` too; communicators of your own are to be made anew, by a callback, say.
     """
 
     @functools.wraps(func)
     def wrapper(state: State, *args: Any, **kwargs: Any) -> Any:
-        failures, commits, skip_sync = 0, state.commits, False
+        sessions.init()
+        recovery.check(state)
+        failures, commits = 0, state.commits
+        after, skip_sync = "", False  # what there is to recover from
+
         while True:
             try:
+                if after == "death":
+                    failures += not recovery.recover(state)  # where nobody has died
+                elif after:
+                    if after == "error":
+                        state.restore()
+                    sessions.rebuild()
+                if after:
+                    state.on_reset()
                 if not skip_sync:
                     state.sync()
-                return func(state, *args, **kwargs)
-            except HorovodInternalError:
-                failures = failures + 1 if state.commits == commits else 1
+                after, skip_sync = "", False
+                found = func(state, *args, **kwargs)
+                recovery.agree()
+                return found
+            except HostsUpdatedInterrupt as interrupt:  # noqa: PERF203  # a `func`, not a step
+                after, skip_sync = "hosts", interrupt.skip_sync
+            except Exception as error:
+                died = isinstance(error, RankDied) or recovery.died(error)
+                if not died and not isinstance(error, HorovodInternalError):
+                    raise
+                after, skip_sync = "death" if died else "error", False
+                if state.commits != commits:
+                    failures, commits = 0, state.commits
+                failures += not died
                 if failures >= FAILURES:
                     raise
-                commits, skip_sync = state.commits, False
-                state.restore()
-            except HostsUpdatedInterrupt as interrupt:
-                skip_sync = interrupt.skip_sync
-            sessions.rebuild()
-            state.on_reset()
 
     return wrapper
 
@@ -91,10 +115,29 @@ class State:
         self._messages.put((timestamp, update_res))
 
     def commit(self) -> None:
-        """Save the state in memory, and check for updates of hosts. Collective."""
-        self.save()
+        """Save the state in memory, and check for updates of hosts. Collective.
+
+        All ranks save it, or none: raises RankDied, for `run`, where one has died.
+        """
+        self._save_together()
         self.commits += 1
         self.check_host_updates()
+
+    def _save_together(self) -> None:
+        self.complete()
+        recovery.agree()  # calls may have returned garbage here, and errors on other ranks
+        self.save()
+
+    def complete(self) -> None:
+        """Bring to this rank what it has to save, and others have. Collective."""
+
+    def replicas(self) -> list[Any]:
+        """Return what is to be built anew after a death: each DataParallel of the state."""
+        return []
+
+    def optimizers(self) -> list[Any]:
+        """Return the optimizers of the state."""
+        return []
 
     def check_host_updates(self) -> None:
         """Raise HostsUpdatedInterrupt on every rank if rank 0 was told of one. Collective."""
@@ -145,15 +188,16 @@ class ObjectState(State):
         mine = {name: getattr(self, name) for name in self._saved}
         for name, value in self._bcast_object(mine).items():
             setattr(self, name, value)
-        self.save()
+        self._save_together()
 
 
 class TorchState(ObjectState):
     """Models, optimizers, samplers and other objects, each an attribute.
 
     `model` and `optimizer` may be None; more of them, under other names, are among `kwargs`. What
-    is a torch.nn.Module, a torch.optim.Optimizer or a sampler with a `state_dict` stays the same
-    object, and its state comes and goes; anything else is copied.
+    is a torch.nn.Module (an `mpidl.torch.DataParallel` too), a torch.optim.Optimizer, or has a
+    `state_dict`, as schedulers, samplers and `mpidl.torch.loader` have, stays the same object, and
+    its state comes and goes; anything else is copied.
     """
 
     def __init__(self, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
@@ -163,30 +207,55 @@ class TorchState(ObjectState):
         self._kept = dict.fromkeys(kept)  # name -> saved state
         for name, value in {**given, **kept}.items():
             setattr(self, name, value)
+        self.complete()
         super().__init__(**{k: v for k, v in kwargs.items() if k not in kept})
+
+    def replicas(self) -> list[Any]:
+        """Return each DataParallel of the state."""
+        return [each for each in self._those_kept() if recovery.is_replica(each)]
+
+    def optimizers(self) -> list[Any]:
+        """Return the optimizers of the state."""
+        return [each for each in self._those_kept() if isinstance(each, torch.optim.Optimizer)]
+
+    def _those_kept(self) -> list[Any]:
+        return [getattr(self, name) for name in self._kept]
+
+    def complete(self) -> None:
+        """Let this rank have all of the optimizers' state. Collective."""
+        for replica in self.replicas():
+            replica.gather_optimizer_state()
 
     def save(self) -> None:
         """Copy all of the state."""
         super().save()
         for name in self._kept:
-            self._kept[name] = copy.deepcopy(getattr(self, name).state_dict())
+            kept = getattr(self, name)
+            place = kept.place if recovery.is_replica(kept) else None
+            self._kept[name] = _copied(kept.state_dict()), place
 
     def restore(self) -> None:
         """Go back to the last commit."""
         super().restore()
-        for name, state in self._kept.items():
+        for name, saved in self._kept.items():
             kept = getattr(self, name)
             if hasattr(kept, "forget"):
                 kept.forget()
-            if state is not None:
-                kept.load_state_dict(copy.deepcopy(state))
+            if saved is None:
+                continue
+            state, place = saved
+            kept.load_state_dict(_copied(state))
+            if place is not None:
+                kept.place = place
 
     def sync(self) -> None:
         """Give all ranks rank 0's state, and save it. Collective."""
-        for name in self._kept:
-            kept = getattr(self, name)
+        self.complete()
+        for kept in self._those_kept():
             if isinstance(kept, torch.nn.Module):
                 broadcast_parameters(kept.state_dict(), 0)
+                if recovery.is_replica(kept):
+                    kept.place = self._bcast_object(kept.place)
             elif isinstance(kept, torch.optim.Optimizer):
                 broadcast_optimizer_state(kept, 0)
             else:
@@ -195,11 +264,19 @@ class TorchState(ObjectState):
 
     def reset(self) -> None:
         """Let samplers deal the rest of the epoch out anew."""
-        for name in self._kept:
-            kept = getattr(self, name)
+        for kept in self._those_kept():
             if isinstance(kept, ElasticSampler):
                 kept.reset()
 
 
 def _has_state(value: Any) -> bool:
     return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+def _copied(state: Any) -> Any:
+    """Return a copy of a state; of a tensor, without the rest of the bucket that it is in."""
+    memo: dict[int, Any] = {}
+    for value in pytree.tree_leaves(state):
+        if torch.is_tensor(value):
+            memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(state, memo)

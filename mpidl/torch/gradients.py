@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mpidl import signals
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.torch.places import shaped
 
@@ -45,6 +46,7 @@ class Gradients:
     ) -> None:
         self.world, self.strategy, self.places = world, strategy, places
         self.wanted = True  #: whether backward is followed by averaging
+        self.stop_requested = False  #: whether any rank got a signal: the same after an average
         self.overlap: Overlap | None = None
         self.buffers: Buffers | None = None
         self.microbatches: Microbatches | None = None
@@ -96,6 +98,12 @@ class Gradients:
     def samples(self) -> float:
         """Return what was counted since the last average; where nothing was, what it was then."""
         return self._weight if self._rows is None else self._rows
+
+    def forget(self) -> None:
+        """Forget gradients, and samples counted, since the last average. Not collective."""
+        self._fresh.clear()
+        self._rows, self._task = None, None
+        self._forget()
 
     def sources(self) -> dict[str, Source]:
         """Return what tells of the gradient of each parameter that it is complete, by name."""
@@ -154,8 +162,10 @@ class Gradients:
             averaged, irregular = self.overlap.finish(weight)
             problem = problem or irregular
         leading = self.world.rank == 0 and weight > 0
-        sums = self.world.sum([weight, problem is not None, bool(missing), leading])
-        total, problems, unused, leads = map(float, sums)
+        stops = self.stop_requested or signals.received() is not None
+        sums = self.world.sum([weight, problem is not None, bool(missing), leading, stops])
+        total, problems, unused, leads, stopping = map(float, sums)
+        self.stop_requested = stopping > 0
         self._fresh.clear()
         self._copied.clear()
         self._rows, self._weight = None, weight

@@ -130,21 +130,31 @@ class OptimizerState:
 
     def scatter(self, state: State) -> None:
         """Take over the state of whole parameters: one that was loaded, say. Not collective."""
-        self.sharded.clear()
-        self._kept.clear()
-        self._numbers[MADE][self._group.rank].zero_()
+        parts = []
         for shard in self.shards:
             place = self._places[shard.place]
             first = shard.part.start - place.part.start
             part = slice(first, first + shard.part.stop - shard.part.start)
-            mine = {
-                name: real(value)[part].clone()
-                if torch.is_tensor(value) and value.ndim and value.shape == place.parameter.shape
-                else copy.copy(value)
-                for name, value in state.get(place.parameter, {}).items()
-            }
-            if mine:
-                self.sharded[shard.values] = mine
+            parts.append(
+                {
+                    name: real(value)[part].clone()
+                    if torch.is_tensor(value)
+                    and value.ndim
+                    and value.shape == place.parameter.shape
+                    else copy.copy(value)
+                    for name, value in state.get(place.parameter, {}).items()
+                }
+            )
+        self.take(parts)
+
+    def take(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Take over the state of each of `shards`. Not collective."""
+        self.sharded.clear()
+        self._kept.clear()
+        self._numbers[MADE][self._group.rank].zero_()
+        for shard, part in zip(self.shards, parts, strict=True):
+            if part:
+                self.sharded[shard.values] = part
         self.keep()
 
     def gather(self) -> None:

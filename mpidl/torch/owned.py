@@ -87,21 +87,38 @@ class OwnedSteps:
         """Leave the optimizer alone, with the state of whole parameters. Collective."""
         self._take_over()
         self._world.barrier()
+        self.state.gather()
+        whole = {
+            p: {name: value.clone() for name, value in state.items()}
+            for p, state in self.state.whole().items()
+        }
+        self.leave()
+        self.optimizer.state.update(whole)
+
+    def leave(self) -> None:
+        """Leave the optimizer alone, without state. Not collective. Once; then it does nothing."""
+        if not self._removals:
+            return
+        if self._params is not None:  # in the middle of a step
+            self._restore()
         for remove in self._removals:
             remove()
+        self._removals.clear()
         delattr(self.optimizer, MARK)
-        self.state.gather()
-        whole = self.state.whole()
         self.optimizer.state.clear()
-        self.optimizer.state.update(
-            {
-                p: {name: value.clone() for name, value in state.items()}
-                for p, state in whole.items()
-            }
-        )
 
     def _load(self) -> None:
         self._loaded = True
+
+    def take(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Take over the state of what is owned. Not collective, but for all ranks to do."""
+        self._loaded = False
+        self.optimizer.state.clear()
+        for shard, part in zip(self.state.shards, parts, strict=True):
+            for name, value in part.items():
+                if torch.is_tensor(value) and value.ndim:
+                    part[name] = value.to(shard.values.device)
+        self.state.take(parts)
 
     def _take_over(self) -> None:
         """Take the state of whole parameters that the optimizer was given, if it was."""
@@ -184,3 +201,34 @@ def with_closure_called(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         loss = closure()
     others = {key: value for key, value in kwargs.items() if key != "closure"}
     return (optimizer, lambda: loss), others
+
+
+def in_parts(world: World, strategy: Strategy) -> bool:
+    """Tell whether the ranks own different parts of an array. Collective."""
+    size = 1 << 20
+    return any(part != slice(0, size) for part in world.gather(strategy.owned(size)))
+
+
+def groups_of(
+    optimizer: Any, trained: Mapping[str, Any], frozen: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the optimizer's group of each parameter to train; 0 without an optimizer.
+
+    Raises InvalidArgument where they are not the optimizer's parameters.
+    """
+    if optimizer is None:
+        return dict.fromkeys(trained, 0)
+    groups = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    names = {id(p): name for name, p in (*trained.items(), *frozen.items())}
+    if set(groups) - set(names):
+        raise InvalidArgument(
+            "the optimizer has parameters that are not the module's: make it with "
+            "module.parameters(), after the module was moved or changed"
+        )
+    for name, p in trained.items():
+        if id(p) not in groups:
+            raise InvalidArgument(
+                f"parameter {name} is to train, and the optimizer does not have it: add it, or "
+                "freeze it by requires_grad_(False)"
+            )
+    return {name: groups[id(p)] for name, p in trained.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from mpidl.torch import linear, places
 from mpidl.torch.buffers import Buffers
 from mpidl.torch.gradients import Gradients
 from mpidl.torch.microbatches import Loop
-from mpidl.torch.owned import OwnedSteps, steps_by_element
+from mpidl.torch.owned import OwnedSteps, groups_of, in_parts, steps_by_element
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
@@ -81,49 +82,75 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         microbatches: int | None = None,
     ) -> None:
         super().__init__()
-        self.world = world = world or current()
         self.module, self.optimizer = module, optimizer
+        self._place: tuple[int, int] | None = None  # that `split` goes on from
+        self._batch_dim = batch_dim
+        self._asked = SimpleNamespace(
+            strategy=strategy,
+            codec=codec,
+            by_element=by_element,
+            broadcast_buffers=broadcast_buffers,
+            overlap=overlap,
+            bucket_bytes=bucket_bytes,
+            microbatches=microbatches,
+        )
+        self._register_load_state_dict_pre_hook(add_prefix)
+        self.enter(world or current())
+
+    def enter(self, world: World) -> None:
+        """Lay everything out for these ranks, with rank 0's values. Collective; see `leave`.
+
+        Raises what making a DataParallel raises.
+        """
+        self.world = world
+        self._undo = undo = ExitStack()
+        self._owned: OwnedSteps | None = None
+        self._loop: Loop | None = None
+        asked, module, optimizer = self._asked, self.module, self.optimizer
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         world.same_lines(places.describe(module))
         with world.together():
             places.check(trained)
-            check_averaging(overlap, bucket_bytes)
-            if getattr(strategy, "asynchronous", False):
+            check_averaging(asked.overlap, asked.bucket_bytes)
+            if getattr(asked.strategy, "asynchronous", False):
                 raise InvalidArgument("an asynchronous strategy: expected one that averages")
-            if microbatches is not None and any(p.is_cuda for p in module.parameters()):
-                raise InvalidArgument(f"{microbatches=}: expected a module on the CPU")
+            if asked.microbatches is not None and any(p.is_cuda for p in module.parameters()):
+                raise InvalidArgument("microbatches: expected a module on the CPU")
             group_of = groups_of(optimizer, trained, frozen)
         half = any(p.dtype in places.HALF for p in trained.values())
-        if by_element is None:
-            by_element = steps_by_element(optimizer)
+        by_element = steps_by_element(optimizer) if asked.by_element is None else asked.by_element
         owns = optimizer is not None and by_element and not half  # parts of parameters, if any
         world.same(
-            f"{bucket_bytes=}, {overlap=}, {batch_dim=}, {broadcast_buffers=}, {owns=}, "
+            f"bucket_bytes={asked.bucket_bytes!r}, overlap={asked.overlap!r}, "
+            f"batch_dim={self._batch_dim}, broadcast_buffers={asked.broadcast_buffers}, {owns=}, "
             f"optimizer={type(optimizer).__name__}",
             "DataParallel",
         )
         size = places.size_bytes(trained)
         on_device = any(p.is_cuda for p in trained.values())
+        taken = not made_for_thread(asked.strategy)
         beside = for_thread(
             world,
-            overlap,
-            ("a strategy that was made for this thread", not made_for_thread(strategy)),
+            asked.overlap,
+            ("a strategy that was made for this thread", taken),
             ("a module on the GPU", on_device),
-            ("microbatches", microbatches is not None),
+            ("microbatches", asked.microbatches is not None),
         )
         self.choice = strategies.make(
-            strategy,
+            asked.strategy,
             beside or world,
             size,
-            codec=codec,
-            microbatches=microbatches,
+            codec=asked.codec,
+            microbatches=asked.microbatches,
             on_device=on_device,
         )
         self.strategy = self.choice.strategy
+        undo.callback(self.strategy.close)
         owns = owns and in_parts(world, self.strategy)
-        at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
+        at_once = bucket.bytes_for(size, asked.bucket_bytes, overlaps=beside is not None)
         values = {name: p.detach() for name, p in trained.items()}
+        undo.callback(_bring_home, trained)
         self.buckets, self._places = places.lay_out(
             trained, self.strategy, at_once, group_of, moves=owns
         )
@@ -132,19 +159,21 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         else:
             places.broadcast(list(trained.values()), world)
         places.broadcast([*frozen.values(), *module.buffers()], world)
-        self._batch_dim = batch_dim
-        self._register_load_state_dict_pre_hook(add_prefix)
         self._gradients = Gradients(world, self.strategy, self.buckets, self._places, frozen)
-        self._loop: Loop | None = None
-        if microbatches is not None:
+        self._end = weakref.finalize(self, self._gradients.close)
+        self._end.atexit = False
+        undo.callback(self._end)
+        if asked.microbatches is not None:
             self._loop = Loop(
-                microbatches, world, self.choice, module, self.buckets, self._gradients
+                asked.microbatches, world, self.choice, module, self.buckets, self._gradients
             )
-        elif broadcast_buffers:
+            if self._place is not None:
+                self._loop.seed, self._loop.step = self._place
+        elif asked.broadcast_buffers:
             self._gradients.buffers = Buffers(module, world)
-        self._give_back = linear.adopt(module, self._places)
-        self._owned = (
-            OwnedSteps(
+        undo.callback(linear.adopt(module, self._places))
+        if owns:
+            self._owned = OwnedSteps(
                 optimizer,
                 beside or world,  # which knows the nodes as the strategy does
                 self.strategy,
@@ -152,9 +181,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
                 self._places,
                 self._gradients,
             )
-            if owns
-            else None
-        )
+            undo.callback(self._owned.leave)
         if beside is not None:
             self._gradients.overlap = Overlap(
                 world,
@@ -163,12 +190,21 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
                 self.buckets,
                 self._gradients.sources(),
                 self._gradients.samples,
-                group_bytes=None if bucket_bytes == "auto" else at_once,
-                asked=overlap is True,
+                group_bytes=None if asked.bucket_bytes == "auto" else at_once,
+                asked=asked.overlap is True,
                 keeps=True,
             )
-        self._end = weakref.finalize(self, self._gradients.close)
-        self._end.atexit = False
+
+    def leave(self) -> None:
+        """Give back what the strategy took. Not collective: other ranks may have died.
+
+        Parameters are in memory of this rank alone then; an optimizer whose state has owners has
+        none. Until `enter` only `load_state_dict` can be called. A second call does nothing.
+        """
+        self._place = self.place
+        self._undo.close()
+        self._owned = self._loop = None
+        self.buckets, self._places = [], []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. Not collective."""
@@ -255,6 +291,8 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
 
     def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Copy `state` into the module, as its own method does. Collective."""
+        if not self.buckets:
+            return self.module.load_state_dict(state, *args, **kwargs)
         self.world.barrier()  # nobody reads the old values any more
         found = self.module.load_state_dict(state, *args, **kwargs)
         self.world.barrier()
@@ -262,22 +300,31 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             self._loop.restart()
         return found
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Seed and step from which the random numbers of `split` come; None without it."""
+        return self._place if self._loop is None else (self._loop.seed, self._loop.step)
+
+    @place.setter
+    def place(self, place: tuple[int, int] | None) -> None:
+        self._place = place
+        if self._loop is not None and place is not None:
+            self._loop.seed, self._loop.step = place
+            self._loop.restart()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether any rank had got SIGTERM or SIGUSR1 (`mpidl.signals`) by the last average."""
+        return self._gradients.stop_requested
+
     def close(self) -> None:
         """Give back what the strategy took. Collective.
 
         Module and optimizer stay usable: parameters move to memory that is this rank's alone.
         """
-        self._end()
-        self._give_back()
         if self._owned is not None:
             self._owned.close()
-            self._owned = None
-        for place in self._places:
-            place.parameter.data = place.parameter.data.clone()
-            place.parameter.grad = None
-        self.strategy.close()
-        self.buckets.clear()
-        self._places.clear()
+        self.leave()
 
     def _samples(self, inputs: Any) -> float:
         """Return the rows of the first tensor among `inputs`; 1 where samples do not count."""
@@ -289,38 +336,14 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         return 1.0
 
 
+def _bring_home(parameters: Mapping[str, Any]) -> None:
+    """Let parameters have memory of this rank's own, and no gradients."""
+    for parameter in parameters.values():
+        parameter.data = parameter.data.clone()
+        parameter.grad = None
+
+
 def add_prefix(state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a module that has a DataParallel within it load its own `state_dict`."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)
-
-
-def in_parts(world: World, strategy: Strategy) -> bool:
-    """Tell whether the ranks own different parts of an array. Collective."""
-    size = 1 << 20
-    return any(part != slice(0, size) for part in world.gather(strategy.owned(size)))
-
-
-def groups_of(
-    optimizer: Any, trained: Mapping[str, Any], frozen: Mapping[str, Any]
-) -> dict[str, int]:
-    """Return the optimizer's group of each parameter to train; 0 without an optimizer.
-
-    Raises InvalidArgument where they are not the optimizer's parameters.
-    """
-    if optimizer is None:
-        return dict.fromkeys(trained, 0)
-    groups = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    names = {id(p): name for name, p in (*trained.items(), *frozen.items())}
-    if set(groups) - set(names):
-        raise InvalidArgument(
-            "the optimizer has parameters that are not the module's: make it with "
-            "module.parameters(), after the module was moved or changed"
-        )
-    for name, p in trained.items():
-        if id(p) not in groups:
-            raise InvalidArgument(
-                f"parameter {name} is to train, and the optimizer does not have it: add it, or "
-                "freeze it by requires_grad_(False)"
-            )
-    return {name: groups[id(p)] for name, p in trained.items()}

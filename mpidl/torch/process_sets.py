@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mpidl.torch.session import Session
+    from mpidl.world import World
 
 
 class ProcessSet:
@@ -137,13 +138,27 @@ def tear_down() -> None:
     _known.clear()
 
 
-def move(session: Session) -> None:
-    """Add all sets to another session. Collective."""
-    again = _added.copy()
+def move(session: Session, before: World) -> None:
+    """Add all sets to another session, without those ranks of `before` that it has not. Collective.
+
+    A set of which no rank is left is one that was removed.
+    """
+    known, added = dict(_known), [(each, tuple(each.ranks or ())) for each in _added]
+    comm = global_process_set.mpi_comm
+    theirs, ours = (world.comm.Get_group() for world in (before, session.world))
+    made: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+    for ranks in known.values():
+        here = tuple(r for r in theirs.Translate_ranks(list(ranks), ours) if r >= 0)
+        if here:
+            made.append((session.engine.add_process_set(here), here, ranks))
     tear_down()
-    set_up(session, global_process_set.mpi_comm)
-    for process_set in again:
-        add_process_set(process_set)
+    set_up(session, comm)
+    for number, here, ranks in made:
+        _known[number] = here
+        for process_set, old in added:
+            if old == ranks:
+                process_set._enter(number, here, session.world.rank)
+                _added.append(process_set)
 
 
 def _ranks_of(process_set: ProcessSet, world: Any) -> tuple[int, ...]:

@@ -12,10 +12,13 @@ from mpidl.data.batches import batches
 from mpidl.errors import InvalidArgument
 from mpidl.torch import session as sessions
 from mpidl.torch.errors import internal
+from mpidl.tree import Tree
 from mpidl.world import current
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from mpidl.world import World
 
 
 class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
@@ -47,12 +50,11 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
         seed: int = 0,
         microbatches: int | None = None,
     ) -> None:
-        world = sessions.active().world if sessions.is_initialized() else current()
         with internal():
             self._batches = batches(
                 dataset,
                 batch_size,
-                world=world,
+                world=_ranks(),
                 seed=seed,
                 shuffle=shuffle,
                 microbatches=microbatches,
@@ -67,7 +69,10 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[list[int]]:
         self.done = start = self.start
-        shards = replace(self._batches, epoch=self.epoch).shards()
+        world = _ranks()  # fewer than before, if some have died
+        mine = Tree.of(self._batches.microbatches or 1, world).ranges[world.rank]
+        here = replace(self._batches, rank=world.rank, size=world.size, mine=mine)
+        shards = replace(here, epoch=self.epoch).shards()
         for step, parts in groupby(shards, lambda shard: shard.step):
             if step >= start:
                 self.done = step + 1
@@ -102,6 +107,10 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
         self.start = self.done % len(self)  # a finished epoch begins again
 
 
+def _ranks() -> World:
+    return sessions.active().world if sessions.is_initialized() else current()
+
+
 class Loader:
     """The batches of a DataLoader with a `Sampler`, counted as they are given out."""
 
@@ -119,10 +128,27 @@ class Loader:
             self._done += 1  # workers of the loader are ahead of this
             yield batch
 
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch."""
+        return self.sampler.epoch
+
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch at its first batch. Not collective."""
         self.sampler.set_epoch(epoch)
         self._done = 0
+
+    def epochs(self, stop: int) -> Iterator[int]:
+        """Yield the number of each epoch that is not done, up to `stop`, and begin it.
+
+        For a loop that goes on in the middle of one, after `load_state_dict`: `for epoch in
+        loader.epochs(5): for x, y in loader: ...`.
+        """
+        if self._done == len(self):
+            self.set_epoch(self.epoch + 1)
+        while self.epoch < stop:
+            yield self.epoch
+            self.set_epoch(self.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where it is: after the batches that were given out."""

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from mpidl import abort
+from mpidl import abort, config, signals
 from mpidl import world as worlds
 from mpidl.collectives import Engine, Request
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
@@ -37,6 +37,7 @@ class Session:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.of_all = world is worlds.current()  #: whether these are all ranks that there are
         self.engine = Engine(world)
         self.submit: Callable[[Request], Handle] = self.engine.submit
         self.submit_all: Callable[[Sequence[Request]], list[Handle]] = self.engine.submit_all
@@ -165,6 +166,12 @@ def shutdown() -> None:
     try:
         with internal():
             ended.engine.close()
+    except ended.world.MPI.Exception as error:
+        if not config.fault_tolerant():
+            raise
+        worlds.revoke(ended.world)  # a rank has died: the others wait for it
+        ended.engine.abandon(error)
+        abort.end_without_finalizing(ended.world.comm)
     finally:
         if ended.timeline is not None:
             ended.timeline.close()
@@ -184,20 +191,36 @@ def _at_exit() -> None:
 atexit.register(_at_exit)  # it runs before MPI's end, and that of the engine's thread
 
 
-def rebuild() -> None:
+def rebuild(left: World | None = None) -> None:
     """Begin again with new communicators and a new engine, after an error. Collective.
 
-    Operations on their way are forgotten, and process sets made anew. The one place that decides
-    which ranks go on: here, all there are.
+    Operations on their way are forgotten, and process sets made anew. With `left`, the world of
+    those that are left of the ranks, these go on; they have other numbers there.
     """
     global _session
     broken = active()
-    with suppress(MpidlError):  # all ranks are here: what has failed is told already
-        broken.engine.close()
-    _session = Session(broken.world)
-    sets.move(_session)
+    if left is None:
+        with suppress(MpidlError):  # all ranks are here: what has failed is told already
+            broken.engine.close()
+    else:
+        broken.engine.abandon(MpidlError("ranks have died"))
+    made = Session(left or broken.world)
+    try:
+        sets.move(made, broken.world)
+    except BaseException as error:  # another one has died
+        made.engine.abandon(error)
+        raise
+    _session = made
     if broken.timeline is not None:
         broken.timeline.follow(_session)
+
+
+def stop_requested() -> bool:
+    """Return whether any rank got SIGTERM or SIGUSR1: see `mpidl.signals`. Collective.
+
+    `DataParallel.stop_requested` tells the same without a message of its own.
+    """
+    return bool(active().world.sum([signals.received() is not None])[0])
 
 
 def is_initialized() -> bool:

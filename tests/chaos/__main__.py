@@ -47,6 +47,7 @@ def elastic() -> bool:
 
 def attempt(trial: Trial, how: str, folder: Path, limit: float) -> tuple[Verdict, run.Run]:
     """Make one trial."""
+    limit *= 3 if trial.training["torch"] else 1  # each rank takes seconds to import it
     alone, disturbed = folder / "alone", folder / "disturbed"
     alone.mkdir()
     disturbed.mkdir()
@@ -103,7 +104,7 @@ def run_trials(
         "median_recovery_s": round(statistics.median(seconds), 3) if seconds else None,
         "worst_recovery_s": round(max(seconds), 3) if seconds else None,
         "kills": sum(verdict.kills for verdict in verdicts),
-        "torch_trials": 0,  # mpidl.torch.DataParallel does not go on after a rank's death
+        "torch_trials": sum(bool(draw(seed, number).training["torch"]) for number in numbers),
         "failed": [
             number for number, verdict in zip(numbers, verdicts, strict=True) if verdict.problems
         ],

@@ -33,6 +33,12 @@ OPTIMIZERS = {
 
 
 def main(asked: dict[str, Any], folder: Path) -> None:
+    if asked["torch"]:
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from tests.chaos import train_torch  # PyTorch takes long to import
+
+        train_torch.main(asked, folder)
+        return
     world = mpidl.init()
     rank = world.MPI.COMM_WORLD.rank
     faulthandler.register(signal.SIGUSR2, (folder / f"stack-{rank}").open("w"), all_threads=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from tests.chaos.train import OPTIMIZERS, SAMPLES
 
 MOST_RANKS = 6
+MOST_TORCH_RANKS = 4  # each takes seconds to import it
+TORCH = find_spec("torch") is not None  # then one trial in four trains a model of PyTorch
 SECONDS = 1.0  # that many runs take without faults
 EXACT = ("hierarchical", "auto")  # those that take microbatches: weights must be the same bits
 INEXACT = ("allreduce", "hierarchical", "parameter_server", "ring", "sharded")  # without
@@ -49,7 +52,8 @@ def draw(seed: int, number: int) -> Trial:
     def one(values: Any) -> Any:
         return values[int(rng.integers(len(values)))]
 
-    ranks = int(rng.integers(2, MOST_RANKS + 1))
+    trains_torch = TORCH and number % 8 > 5  # not in short runs
+    ranks = int(rng.integers(2, (MOST_TORCH_RANKS if trains_torch else MOST_RANKS) + 1))
     exact = rng.random() < 0.75
     training = {
         "seed": int(rng.integers(2**31)),
@@ -65,6 +69,13 @@ def draw(seed: int, number: int) -> Trial:
         "epochs": int(rng.integers(2, 5)),
         "batch_size": one([64, 100, 128, 200, 256]),
     }
+    training["commit_every"] = one([1, 2, 5])
+    training["torch"] = trains_torch
+    if trains_torch:
+        if training["microbatches"] is None:
+            training.update(strategy=one(EXACT), microbatches=int(rng.integers(2, 9)))
+        rest = SAMPLES % training["batch_size"]  # PyTorch does not normalize single samples
+        training["batch_norm"] &= rest // training["microbatches"] > 1
     trial = Trial(number, ranks, bool(rng.random() < 0.6), training, [])
     victims = [*map(int, rng.permutation(ranks))][: ranks - 1]  # one is left
     for _ in range(int(rng.integers(1, 4))):

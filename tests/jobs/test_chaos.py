@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,8 @@ print(attend.run(["sleep", "1"], os.environ), attend.run([sys.executable, "-c", 
 
 
 def test_trials_are_as_promised() -> None:
+    torch = sum(draw(SEED, number).training["torch"] for number in range(100))
+    assert torch == (24 if find_spec("torch") else 0)
     for number in range(100):
         trial = draw(SEED, number)
         assert trial == draw(SEED, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +40,7 @@ for label, file, *options in RUNS:
         names = runpy.run_path(file, run_name="__main__")
     world.barrier()  # what it saved is there
     if world.rank == 0 and label == "stop":
-        shutil.copy("stopped.pt", "kept.pt")
+        shutil.copytree("stopped", "kept")
     if world.rank == 0 and label == "synthetic":
         model = names["network"](64)
         print(f"width 64       {sum(p.numel() for p in model.parameters())} parameters")
@@ -91,11 +92,11 @@ class Jobs:
             ("gan", "gan.py", f"--batch-size=96 --epochs={1 if ranks == 1 else 12}"),
             ("synthetic", "synthetic.py", self.small()),
             ("transformer", "transformer.py", self.writer()),
-            ("go on", "transformer.py", self.writer("--checkpoint=stopped.pt")),
+            ("go on", "transformer.py", self.writer("--checkpoint=stopped")),
         ]
         alone = [("at once", "transformer.py", self.writer("--accumulate=1 --stop-after=1"))]
         together = [
-            ("stop", "transformer.py", self.writer("--checkpoint=stopped.pt --stop-after=1")),
+            ("stop", "transformer.py", self.writer("--checkpoint=stopped --stop-after=1")),
             ("digits fp16", "digits.py", "--lr=0.05 --epochs=2 --fp16-allreduce"),
             ("horovod", str(self.changed), "--lr=0.05 --epochs=2"),
             ("adasum", "synthetic.py", self.small("--use-adasum")),
@@ -109,7 +110,8 @@ class Jobs:
         lines = [(label, str(FOLDER / name), *line.split()) for label, name, line in runs]
         path = job.script(self.folder, f"RUNS = {lines}\n{ALL}")
         if ranks == 1:
-            (self.folder / "kept.pt").replace(self.folder / "stopped.pt")
+            shutil.rmtree(self.folder / "stopped")
+            (self.folder / "kept").rename(self.folder / "stopped")
         result = job.run("openmpi", ranks, path, cwd=self.folder, timeout=120, OMP_NUM_THREADS="1")
         assert result.status == 0, result
         parts = re.split(r"^== (.*)\n", result.output, flags=re.MULTILINE)

@@ -677,7 +677,7 @@ def test_what_leaves_keeps_the_thread_awake(world: World, monkeypatch: pytest.Mo
         engine.close()
         return
     with driver._lock:
-        monkeypatch.setattr(driver._link, "_leaving", [(_Late(), b"")])
+        monkeypatch.setattr(driver.link, "_leaving", [(_Late(), b"")])
         assert driver._busy()
     engine.close()
 

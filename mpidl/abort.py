@@ -91,6 +91,14 @@ def leaving() -> bool:
     return _agreed is not None and _Exit.final == _agreed
 
 
+def final_status() -> int | None:
+    """Return the status with which this rank is about to end well; None where an error ends it."""
+    if leaving():
+        return _agreed
+    failed = _Exit.final not in (None, 0) or ends_all() or hasattr(sys, "last_value")
+    return None if failed else _noted or 0
+
+
 def _end_together() -> None:
     """End with the status agreed on, after MPI: what is registered after this runs before it."""
     status = _agreed if leaving() else _noted if _Exit.final in (None, 0) else None
@@ -108,7 +116,7 @@ def _end_together() -> None:
     if _barrier is not None:
         with suppress(Exception):  # another one has died
             _barrier.Barrier()
-        _unlink_segments()
+        unlink_segments()
     elif not MPI.Is_finalized():
         MPI.Finalize()
     os._exit(status or 0)  # Python knows no other way to change it here
@@ -228,13 +236,13 @@ class _Guard:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # it may be closed, or anything that can be written to
                 stream.flush()
-        for function in (*_before, _unlink_segments):
+        for function in (*_before, unlink_segments):
             with suppress(Exception):
                 function()
         self.comm.Abort(status & 255 or 1)  # the system keeps 8 bits: 256 would be success
 
 
-def _unlink_segments() -> None:
+def unlink_segments() -> None:
     """Remove the names of memory that MPI shares here: without MPI_Finalize they would stay."""
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidl import abort, array, config, mpi, watchdog
+from mpidl import abort, array, config, mpi, supervised, watchdog
 from mpidl.errors import MpidlError, RankMismatch
 from mpidl.marks import Mark, shared, some
 
@@ -306,6 +306,7 @@ def init(
     stall, checks = config.stall(stall), config.check(check)
     seconds = config.stall_seconds()
     if _world is None:
+        supervised.start()
         MPI = mpi.load()
         mpi.start(MPI)
         if MPI.COMM_WORLD.size > 1 and isinstance(sys.stdout, io.TextIOWrapper):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mpidl import __version__
-from mpidl.cli import attend, bench, launcher
+from mpidl.cli import attend, bench, launcher, places
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
@@ -45,7 +45,10 @@ def _main(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     command: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...")],
-    ranks: Annotated[int, typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks.")] = 1,
+    ranks: Annotated[
+        int | None,
+        typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks.", show_default="1"),
+    ] = None,
     module: Annotated[
         bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
     ] = False,
@@ -55,22 +58,55 @@ def run(
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Go on when a rank is killed: Trainer(elastic=True).")
     ] = False,
+    hosts: Annotated[
+        str,
+        typer.Option(metavar="a:4,b:4", help="Run on these hosts, with so many ranks on each."),
+    ] = "",
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Start again when ranks or hosts die, at most so often, on the hosts that are "
+            "left. The script goes on from its checkpoints: Trainer(checkpoint=...).",
+        ),
+    ] = None,
+    min_ranks: Annotated[
+        int, typer.Option(min=1, help="Give up where fewer ranks are left. With --restarts.")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
 
     SCRIPT is a Python file, or any other program. A convenience: mpirun, mpiexec and srun
-    work just as well.
+    work just as well; but they end where a host dies.
+
+    mpidl run -n 4 train.py
+
+    mpidl run --hosts a:4,b:4 train.py
+
+    mpidl run --hosts a:4,b:4 --restarts 3 --min-ranks 4 train.py
+
+    Inside a SLURM job (sbatch --no-kill), --restarts takes the hosts from it.
     """
     library = _or_exit(launcher.find)
-    environment = launcher.environment(library, ranks)
     program = _or_exit(partial(launcher.program, command, module=module))
-    options = _or_exit(partial(launcher.options, library, ranks, elastic=elastic))
-    line = [*options, *shlex.split(launcher_args), *program]
+    count, where = _or_exit(partial(places.choose, ranks, hosts, from_slurm=restarts is not None))
+    environment = launcher.environment(library, count, where)
+    names = [*os.environ, *environment]
+    options = _or_exit(partial(launcher.options, library, count, where, names, elastic=elastic))
+    extra = shlex.split(launcher_args)
+    line = [*options, *extra, *program]
     if dry_run:
         changes = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join(["env", *changes, *line] if changes else line))
         return
+    if restarts is not None:
+        from mpidl.cli import supervise
+
+        job = supervise.Job(
+            library, program, count, restarts, where, min_ranks, elastic, tuple(extra)
+        )
+        raise typer.Exit(_or_exit(partial(supervise.run, job)))
     sys.stdout.flush()
     if library.vendor == "openmpi":
         raise typer.Exit(attend.run(line, {**os.environ, **environment}))

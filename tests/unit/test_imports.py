@@ -32,6 +32,7 @@ LEVELS = {
     "shared": 1,
     "tree": 1,
     "signals": 1,
+    "supervised": 1,
     "watchdog": 1,
     "world": 1,
     "data": 2,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from mpidl import config
-from mpidl.supervised import LINE_BYTES, PING_SECONDS, clock
+from mpidl.lease import LINE_BYTES, PING_SECONDS, clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ STATUSES = (0, config.EXIT_NOT_SAVED, config.EXIT_REQUEUE)  # of a run that ends
 
 @dataclass(eq=False)
 class Member:
-    """A rank, by what it has told. Times are in seconds, of `supervised.clock`."""
+    """A rank, by what it has told. Times are in seconds, of `lease.clock`."""
 
     rank: int  #: at the start
     host: str  #: as it calls itself

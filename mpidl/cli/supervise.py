@@ -17,12 +17,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from mpidl import config, supervised, watchdog
+from mpidl import config, lease, watchdog
 from mpidl.cli import attend, launcher, places
 from mpidl.cli.asked import Signals
 from mpidl.cli.listener import Listener
 from mpidl.cli.verdict import Vain, Verdict, completed, told_of_lost
-from mpidl.supervised import PING_SECONDS, clock
+from mpidl.lease import PING_SECONDS, clock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ CLEAN_SECONDS = 5.0
 MARGIN_SECONDS = 0.5  # beyond a lease: clocks of two hosts, and a thread's delay
 WORDS = {
     watchdog.STATUS: "ranks had waited for others for too long",
-    supervised.STATUS: "ranks had lost their supervisor",
+    lease.STATUS: "ranks had lost their supervisor",
 }
 
 
@@ -108,7 +108,8 @@ class _Supervisor:
             seconds = clock() - begin
             left = self._settle()
             gone = sorted(set(hosts or ()) - set(left or ()))
-            told += f"; {', '.join(gone)} does not answer" * bool(gone)
+            if any(name not in reason for name in gone):
+                told += f"; no answer from {', '.join(gone)}"
             vain = self.vain.add(steps, seconds, hosts_lost=bool(gone))
             hosts = left
             ranks = self.job.ranks if hosts is None else sum(hosts.values())

@@ -26,6 +26,7 @@ LEVELS = {
     "abort": 1,
     "autograd": 1,
     "hang": 1,
+    "lease": 1,
     "link": 1,
     "marks": 1,
     "mpi": 1,

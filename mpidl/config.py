@@ -46,7 +46,7 @@ def lease_seconds() -> float:
 
 def silent_seconds() -> float:
     """MPIDL_SILENT_SECONDS: how long a host may be silent, until the supervisor gives it up."""
-    return _seconds("MPIDL_SILENT_SECONDS", "6", LEAST_LEASE)
+    return _seconds("MPIDL_SILENT_SECONDS", "6", 2 * LEAST_LEASE)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from mpidl import abort, config
@@ -43,6 +44,8 @@ def start() -> None:
 def tell_size(size: int) -> None:
     """Tell the supervisor how many ranks the world has, now."""
     if _keeper is not None:
+        if "mpi4py.MPI" in sys.modules:
+            abort.watch(sys.modules["mpi4py.MPI"])  # `raise SystemExit(n)` is no good end
         _keeper.tell({"size": size})
 
 

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 HELLO_SECONDS = 5.0  # to say the token
 LEAVING_BYTES = 1 << 16  # that may wait for a rank that takes nothing
-# struct tcp_info of linux/tcp.h: milliseconds since an acknowledgement came, after 8 bytes and 12
-# numbers of 4
-LAST_ACK = struct.Struct("=56xI")
+# tcpi_unacked in struct tcp_info of linux/tcp.h: packets that were not acknowledged yet
+UNACKNOWLEDGED = struct.Struct("=24xI")
 STATUSES = (0, config.EXIT_NOT_SAVED, config.EXIT_REQUEUE)  # of a run that ends well
 
 
@@ -145,7 +144,8 @@ class Listener:
         """Look for signs of life of each host. To be called every PING_SECONDS or so.
 
         A host acknowledges what it gets, whatever its processes do: so one whose Python code holds
-        the interpreter for long is told from one that is gone.
+        the interpreter for long is told from one that is gone. Silent is who was sent something,
+        and has not acknowledged it: so it is no silence where this process itself did not run.
         """
         now = self._clock()
         for connection in list(self._connections):
@@ -154,13 +154,10 @@ class Listener:
                 if now - connection.since > HELLO_SECONDS:
                     self._close(connection, "broken")
                 continue
-            if now - member.heard > 2 * PING_SECONDS:
+            if now - member.heard >= PING_SECONDS:
+                if _acknowledged(connection.link):
+                    member.heard = now
                 self._send(connection, {"there": 1})
-                with suppress(OSError, struct.error):
-                    told = connection.link.getsockopt(
-                        socket.IPPROTO_TCP, socket.TCP_INFO, LAST_ACK.size
-                    )
-                    member.heard = max(member.heard, now - LAST_ACK.unpack(told)[0] / 1000)
 
     def close(self) -> None:
         """Close all connections."""
@@ -256,6 +253,13 @@ class Listener:
         connection.link.close()
         if connection.member is not None:
             connection.member.closed, connection.member.closed_at = how, self._clock()
+
+
+def _acknowledged(link: socket.socket) -> bool:
+    with suppress(OSError, struct.error):
+        told = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKNOWLEDGED.size)
+        return not UNACKNOWLEDGED.unpack(told)[0]
+    return False
 
 
 def _listen(*, everywhere: bool) -> socket.socket:

@@ -198,6 +198,14 @@ def _of_session(leader: int) -> list[int]:
     return found
 
 
+def runs(pid: int) -> bool:
+    """Return whether there is such a process here, which has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
 def remove_snapshots(run: str) -> None:
     """Remove what a run has left in this host's memory."""
     for folder in MEMORY.glob(f"mpidl-{run}-*"):

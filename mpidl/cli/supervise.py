@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 NEWS_SECONDS = 1.0  # for what ranks have told before the launcher ended
 TERM_SECONDS = 1.0  # that it has to end when it is told to
-END_SECONDS = 10.0  # and when its ranks have come to their end: MPI_Finalize may hang
+END_SECONDS = 60.0  # and when its ranks have come to their end: MPI_Finalize may hang
+GONE_SECONDS = 3.0  # and when they are gone
 PROBE_SECONDS = 6.0  # that a host has to start a command
 CLEAN_SECONDS = 5.0
 MARGIN_SECONDS = 0.5  # beyond a lease: clocks of two hosts, and a thread's delay
@@ -99,7 +101,7 @@ class _Supervisor:
             reason = self._watch(hosts)
             complete = completed(self.listener.members)
             if complete is not None or not reason:
-                self._wait_for_launcher(END_SECONDS)
+                self._let_end()
                 self._end(hosts, everywhere=False)
                 return self.status if complete is None else complete
             self.listener.end()
@@ -268,6 +270,8 @@ class _Supervisor:
         """Return whether a rank may still have a lease: its process is not known to have ended."""
         if member.closed == "closed":  # by its system: a rank itself never does it
             return False
+        if member.host == socket.gethostname() and not places.runs(member.process):
+            return False
         return clock() < member.answered + self.lease + MARGIN_SECONDS
 
     def _kill_launcher(self) -> None:
@@ -276,6 +280,16 @@ class _Supervisor:
             self.process.terminate()
             self._wait_for_launcher(TERM_SECONDS)
         places.kill_session(self.process)
+
+    def _let_end(self) -> None:
+        """Wait for the end of a launcher whose ranks have come to theirs."""
+        assert self.process is not None
+        end = clock() + END_SECONDS
+        while self.process.poll() is None and clock() < end:
+            if all(member.closed for member in self.listener.members):
+                end = min(end, clock() + GONE_SECONDS)
+            self.listener.look(PING_SECONDS)
+            self._pass_signals_on()
 
     def _wait_for_launcher(self, seconds: float) -> None:
         assert self.process is not None

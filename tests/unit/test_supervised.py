@@ -300,8 +300,24 @@ def test_a_host_lives_whose_process_is_busy(listener: Listener) -> None:
     for _ in range(4):
         time.sleep(0.4)
         listener.tick()
-    assert clock() - member.heard < 1.4
+    assert clock() - member.heard < 0.9
     assert clock() - member.answered > 1.5
+
+
+def test_silence_is_what_is_not_acknowledged(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(listener)
+    rank.say(hello())
+    (member,) = listener.members
+    monkeypatch.setattr("mpidl.cli.listener._acknowledged", lambda _: False)
+    heard = member.heard
+    for _ in range(2):
+        time.sleep(0.6)
+        listener.tick()
+    assert member.heard == heard
+    rank.say({"ping": 1, "steps": 0})
+    assert member.heard > heard + 1
 
 
 # --- what an attempt comes to

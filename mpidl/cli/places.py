@@ -164,7 +164,7 @@ class Errand:
             if process.returncode == 0:
                 self.answered.add(name)
             del self._running[name]
-            kill_session(process)
+            kill(process)
         return not self._running
 
     def stop(self) -> None:
@@ -172,36 +172,48 @@ class Errand:
         self.done(float("inf"))
 
 
-def kill_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that leads a session, and all of that session: what it started here."""
-    for _ in range(SWEEPS):
-        found = _of_session(process.pid)
-        if not found:
-            break
-        for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(0.02)
-    with suppress(ProcessLookupError):
-        process.kill()
-    process.wait()
+def family(process: subprocess.Popen[bytes]) -> set[tuple[int, str]]:
+    """Return what descends from a process, or is of the session that it leads; without itself.
 
-
-def _of_session(leader: int) -> list[int]:
-    found = []
+    By number and start, since numbers come again.
+    """
+    parents: dict[tuple[int, str], int] = {}
+    found = set()
     for place in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):  # it may have ended
-            state, *numbers = place.read_text().rpartition(")")[2].split()[:4]
-            if int(numbers[2]) == leader and state != "Z":
-                found.append(int(place.parent.name))
-    return found
+            words = place.read_text().rpartition(")")[2].split()  # of proc_pid_stat(5), from 3 on
+            one = int(place.parent.name), words[19]
+            if words[0] not in "ZX":
+                parents[one] = int(words[1])
+                if int(words[3]) == process.pid:
+                    found.add(one)
+    known = {process.pid} if process.poll() is None else set()
+    while more := {one for one in parents if parents[one] in known and one[0] not in known}:
+        found |= more
+        known |= {pid for pid, _ in more}
+    return {one for one in found if one[0] != process.pid}
 
 
-def runs(pid: int) -> bool:
+def kill(process: subprocess.Popen[bytes], before: set[tuple[int, str]] | None = None) -> None:
+    """Kill a process with its family, also as it was `before`: MPICH's leaves the session."""
+    before = before or set()
+    for _ in range(SWEEPS):
+        found = family(process) | {one for one in before if runs(*one)}
+        with suppress(ProcessLookupError):
+            process.kill()
+        for pid, _ in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        if not found:
+            break
+
+
+def runs(pid: int, start: str | None = None) -> bool:
     """Return whether there is such a process here, which has not ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return words[0] not in "ZX" and start in (None, words[19])
     except (OSError, IndexError):
         return False
 

@@ -276,10 +276,11 @@ class _Supervisor:
 
     def _kill_launcher(self) -> None:
         assert self.process is not None
+        before = places.family(self.process)
         if self.process.poll() is None:
             self.process.terminate()
             self._wait_for_launcher(TERM_SECONDS)
-        places.kill_session(self.process)
+        places.kill(self.process, before)
 
     def _let_end(self) -> None:
         """Wait for the end of a launcher whose ranks have come to theirs."""
@@ -312,8 +313,9 @@ class _Supervisor:
     def _end(self, hosts: dict[str, int] | None, *, everywhere: bool) -> None:
         """Leave nothing behind. Elsewhere as far as it goes: those that ended well left nothing."""
         self.listener.end()
-        if self.process is not None:
-            places.kill_session(self.process)
+        assert self.process is not None
+        if everywhere or self.process.poll() is None:
+            places.kill(self.process)
         places.remove_snapshots(self.run_id)
         if everywhere and hosts:
             others = [name for name in hosts if not places.is_here(name)]
@@ -323,8 +325,8 @@ class _Supervisor:
                 self.listener.look(0.05)
 
     def close(self) -> None:
-        if self.process is not None:
-            places.kill_session(self.process)
+        if self.process is not None and self.process.poll() is None:
+            places.kill(self.process)
         self.listener.close()
 
 

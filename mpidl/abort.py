@@ -104,9 +104,17 @@ def leaving() -> bool:
     return _agreed is not None and _Exit.final == _agreed
 
 
+def final_status() -> int | None:
+    """Return the status with which this rank is about to end well; None where an error ends it."""
+    if leaving():
+        return _agreed
+    failed = _Exit.final not in (None, 0) or ends_all() or hasattr(sys, "last_value")
+    return None if failed else _noted or 0
+
+
 def failing() -> bool:
-    """Whether this process is ending by an exit status that tells of an error of its own."""
-    return bool(_statuses) or (_Exit.final not in (None, 0) and not leaving())
+    """Whether this process is ending by an error."""
+    return final_status() is None
 
 
 def _end_together() -> None:
@@ -125,7 +133,7 @@ def _end_together() -> None:
     if _barrier is not None:
         with suppress(Exception):  # another one has died
             _barrier.Barrier()
-        _unlink_segments()
+        unlink_segments()
     elif not MPI.Is_finalized():
         MPI.Finalize()
     os._exit(status or 0)  # Python knows no other way to change it here
@@ -245,7 +253,7 @@ class _Guard:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # it may be closed, or anything that can be written to
                 stream.flush()
-        for function in (*_before, _unlink_segments):
+        for function in (*_before, unlink_segments):
             with suppress(Exception):
                 function()
         status = status & 255 or 1  # the system keeps 8 bits: 256 would be success
@@ -253,7 +261,7 @@ class _Guard:
         self.comm.Abort(status)
 
 
-def _unlink_segments() -> None:
+def unlink_segments() -> None:
     """Remove the names of memory that MPI shares here: without MPI_Finalize they would stay."""
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():

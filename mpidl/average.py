@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl import codecs
+from mpidl import codecs, supervised
 from mpidl.array import is_device, namespace
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.foreign import Memory, memory
@@ -106,6 +106,7 @@ def mean(
             world.agree(InvalidArgument("the weights of all ranks are 0: there is no mean"))
         if world.size > 1:
             _sum(arrays, weight / total, world)
+    supervised.note_step()
 
 
 def _collect(value: Arrays, name: str, leaves: dict[str, Memory]) -> None:

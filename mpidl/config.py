@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 #: Exit statuses of a run, the same on all ranks; as in BSD's sysexits.h.
 EXIT_NOT_SAVED = 74  # EX_IOERR: trained to its end, but its last checkpoint could not be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint: start it again
+LEAST_LEASE = 1.0  # seconds: a lease is asked for twice a second
 
 
 def cuda_aware() -> str:
@@ -35,14 +38,53 @@ def terminal_width() -> int | None:
 
 def stall_seconds() -> float:
     """MPIDL_STALL_SECONDS: how long a call may wait for other ranks untold; 0: for ever."""
-    value = os.environ.get("MPIDL_STALL_SECONDS", "60")
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise InvalidArgument(f"MPIDL_STALL_SECONDS={value!r}: expected seconds, 0 or more")
-    return seconds
+    return _seconds("MPIDL_STALL_SECONDS", "60", 0.0)
+
+
+def lease_seconds() -> float:
+    """MPIDL_LEASE_SECONDS: how long a rank goes on without an answer of its supervisor."""
+    return _seconds("MPIDL_LEASE_SECONDS", "5", LEAST_LEASE)
+
+
+def silent_seconds() -> float:
+    """MPIDL_SILENT_SECONDS: how long a host may be silent, until the supervisor gives it up."""
+    return _seconds("MPIDL_SILENT_SECONDS", "6", 2 * LEAST_LEASE)
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """Where the supervisor of this run listens, and which attempt this is."""
+
+    port: int
+    token: str = field(repr=False)
+    addresses: tuple[str, ...]
+    attempt: int
+
+
+def supervisor() -> Supervisor | None:
+    """MPIDL_SUPERVISOR (PORT,TOKEN,ADDRESS...) and MPIDL_ATTEMPT: those of `mpidl run --restarts`.
+
+    The first is taken out of the environment: what a rank starts is no rank of the run.
+    """
+    value = os.environ.pop("MPIDL_SUPERVISOR", "")
+    if not value:
+        return None
+    port, *rest = value.split(",")
+    attempt = os.environ.get("MPIDL_ATTEMPT", "")
+    numbers = all(re.fullmatch(r"\d{1,9}", text, re.ASCII) for text in (port, attempt))
+    if not numbers or int(port) > 65535 or len(rest) < 2 or not all(rest):
+        raise InvalidArgument(
+            f"MPIDL_SUPERVISOR, MPIDL_ATTEMPT={attempt!r}: expected those of mpidl run --restarts"
+        )
+    return Supervisor(int(port), rest[0], tuple(rest[1:]), int(attempt))
+
+
+def run_id() -> str | None:
+    """MPIDL_RUN: the name of a run, the same in all attempts at it; None without a supervisor."""
+    value = os.environ.get("MPIDL_RUN", "")
+    if value and not re.fullmatch(r"[0-9a-f]{8,64}", value):
+        raise InvalidArgument(f"MPIDL_RUN={value!r}: expected what mpidl run --restarts has set")
+    return value or None
 
 
 def faults() -> str | None:
@@ -50,16 +92,10 @@ def faults() -> str | None:
     return os.environ.get("MPIDL_FAULTS") or None
 
 
-def run() -> str | None:
-    """MPIDL_RUN: the name of a run that `mpidl run --restarts` watches; None if none does."""
-    value = os.environ.get("MPIDL_RUN", "")
-    return value if value.isalnum() and value.isascii() else None
-
-
 def attempt() -> int:
     """MPIDL_ATTEMPT: how often that run was started before."""
     value = os.environ.get("MPIDL_ATTEMPT", "")
-    return int(value) if value.isdecimal() and value.isascii() and run() is not None else 0
+    return int(value) if value.isdecimal() and value.isascii() and run_id() is not None else 0
 
 
 def stall(asked: str | None = None) -> str:
@@ -83,6 +119,15 @@ def launched_size() -> tuple[str, int] | None:
         if value.isdecimal():
             return name, int(value)
     return None
+
+
+def launched_rank() -> int:
+    """Return this rank's number, as the launcher tells it before MPI starts; 0 where none does."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return int(value)
+    return 0
 
 
 def fault_tolerant() -> bool:
@@ -130,6 +175,17 @@ def setting(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+def _seconds(name: str, default: str, least: float) -> float:
+    value = os.environ.get(name, default)
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not least <= seconds < math.inf:
+        raise InvalidArgument(f"{name}={value!r}: expected seconds, {least:g} or more")
+    return seconds
 
 
 def _choice(name: str, default: str, valid: tuple[str, ...], asked: str | None = None) -> str:

@@ -21,11 +21,10 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpidl import abort, config, data, replacement, spawned, warm, watchdog, world
+from mpidl import abort, config, data, replacement, spawned, survivable, warm, watchdog, world
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.saver import Saver
-from mpidl.errors import InvalidArgument, MpidlError
-from mpidl.strategies import LIBRARIES
+from mpidl.errors import MpidlError
 from mpidl.warm import MEMORY, PREFIX
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Elastic:
         self.recoveries = 0  #: so far
         replica, ranks = trainer.replica, trainer.world
         with ranks.together():
-            _check(trainer)
+            survivable.check(trainer)
             config.min_ranks()
         self.folder: Path | None = None
         self._writing: list[Checkpoints] = []  # the last one is at work
@@ -71,9 +70,7 @@ class Elastic:
         if spawned.parent is not None:  # it joins the others in `run`
             return
         self.folder = MEMORY / f"{PREFIX}{warm.name(ranks)}-{ranks.node}"
-        parts = ranks.gather([(ranks.node, *_ends(replica, flat)) for flat in replica.buckets])
-        with ranks.together():
-            _check_owned(trainer, parts)
+        survivable.check_owned(trainer)
         self._keep()
         if ranks.local_rank == 0:
             _sweep()
@@ -198,7 +195,7 @@ class Elastic:
         """See that the folder of snapshots is removed at the end."""
         assert self.folder is not None
         self._end = weakref.finalize(self, _remove, self.folder, self._writing, os.getpid())
-        abort.before(self._end if config.run() is None else self._abandon)
+        abort.before(self._end if config.run_id() is None else self._abandon)
 
     def _saver(self, resume: Path | bool) -> Saver:
         assert self.folder is not None
@@ -302,49 +299,6 @@ def _retire(comms: list[Any]) -> None:
     _retired[:] = comms + [comm for comm in known if comm.Is_revoked()]
 
 
-def _check(trainer: Trainer) -> None:
-    """Raise InvalidArgument for what dies with a rank."""
-    replica = trainer.replica
-    options = trainer.options
-    problem = ""
-    if trainer.world.size > 1 and not config.fault_tolerant() and config.run() is None:
-        problem = (
-            "an MPI without fault tolerance: start with mpidl run --elastic (Open MPI 5), or with "
-            "mpidl run --restarts"
-        )
-    elif not isinstance(options["strategy"], str):
-        problem = "a strategy that was made for all ranks: expected a name"
-    elif replica.choice.codec is not None or options["local_steps"] > 1:
-        problem = "a codec or local_steps, whose state is each rank's own"
-    elif replica.choice.name in LIBRARIES:
-        problem = f"strategy {replica.choice.name!r}, which does not survive a rank's death"
-    elif not MEMORY.is_dir():
-        problem = f"a node without {MEMORY}"
-    if problem:
-        raise InvalidArgument(f"elastic=True with {problem}")
-
-
-def _ends(replica: Any, flat: Any) -> tuple[int, int, int]:
-    owned = replica.strategy.owned(flat.param.size)
-    return owned.start, owned.stop, flat.param.size
-
-
-def _check_owned(trainer: Trainer, parts: list[list[tuple[int, int, int, int]]]) -> None:
-    """Raise InvalidArgument unless the ranks of each node own all of every bucket together."""
-    for flat in zip(*parts, strict=True):
-        for node in range(trainer.world.nodes):
-            end = 0
-            for number, start, stop, _ in sorted(flat, key=lambda part: part[1:3]):
-                if number == node and start <= end:
-                    end = max(end, stop)
-            if end < flat[0][3]:
-                raise InvalidArgument(
-                    f"elastic=True with strategy {trainer.replica.choice.name!r} on "
-                    f"{trainer.world.nodes} nodes: the state of what a node's ranks own would die "
-                    'with them: use "hierarchical"'
-                )
-
-
 def _sweep() -> None:
     """Remove what jobs left whose ranks were all killed: a living one writes all the time."""
     for folder in MEMORY.glob(f"{PREFIX}*"):
@@ -359,5 +313,5 @@ def _remove(folder: Path, writing: list[Checkpoints], process: int) -> None:
         return
     for checkpoints in writing:  # what is written later would stay
         checkpoints.abandon()
-    if config.run() is None or not abort.failing():  # the next attempt goes on from it
+    if config.run_id() is None or not abort.failing():  # the next attempt goes on from it
         shutil.rmtree(folder, ignore_errors=True)

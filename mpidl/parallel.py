@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from mpidl import bucket, codecs, signals, strategies
+from mpidl import bucket, codecs, signals, strategies, supervised
 from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_options, check_parameters, parameters_of
 from mpidl.array import Array, is_device
@@ -269,6 +269,7 @@ class DataParallel:
         if total and self.microbatches is not None:
             self.microbatches.means.publish(unit / total)
         self.steps += 1
+        supervised.note_step(self.steps)
 
     @property
     def _stops(self) -> bool:

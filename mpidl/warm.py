@@ -35,7 +35,7 @@ def name(world: World) -> str:
     trainers this is: they are made in the same order in each attempt.
     """
     global _made
-    run = config.run()
+    run = config.run_id()
     if run is None:
         return world.broadcast(os.urandom(6).hex())
     _made += 1

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from mpidl import abort, marks
+from mpidl import abort, marks, supervised
 from mpidl.errors import MpidlError
 from mpidl.hang import Halt, Place, State, Wait
 from mpidl.link import Link
@@ -55,6 +55,7 @@ def start(world: World, seconds: float, action: str) -> None:
     if _watchdog is not None:
         _watchdog.release()
     _watchdog = Watchdog(world, seconds, action) if world.size > 1 else None
+    supervised.tell_size(world.size)
 
 
 def again(world: World) -> None:
@@ -300,4 +301,5 @@ def _end() -> None:
         _watchdog.stop()
 
 
-atexit.register(_end)  # at this module's import: of all that mpidl does at the end, the last
+# at this module's import: of all that mpidl does at the end, the last but what its imports do
+atexit.register(_end)

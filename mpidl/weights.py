@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from mpidl import supervised
 from mpidl.errors import CheckpointError, DataError, InvalidArgument
 from mpidl.refuse import refuses, told
 
@@ -114,6 +115,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield unfinished
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
+        supervised.check_lease()
         unfinished.replace(path)
     except BaseException:
         with suppress(OSError):

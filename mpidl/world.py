@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidl import abort, array, config, mpi, spawned, watchdog
+from mpidl import abort, array, config, mpi, spawned, supervised, watchdog
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.marks import Mark, shared, some
 from mpidl.refuse import WRONG, wrong
@@ -310,6 +310,7 @@ def init(
     stall, checks = config.stall(stall), config.check(check)
     seconds = config.stall_seconds()
     if _world is None:
+        supervised.start()
         MPI = mpi.load()
         spawned.before_start()
         mpi.start(MPI)

@@ -148,7 +148,7 @@ def made_by(replica: DataParallel) -> dict[str, Any]:
         "strategy": choice.name,
         "codec": None if choice.codec is None else str(choice.codec),
         "optimizer": repr(replica.optimizer),
-        "run": config.run(),
+        "run": config.run_id(),
     }
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpidl import supervised
 from mpidl.checkpoint import manifest
 from mpidl.checkpoint.disk import sync_folder
 from mpidl.errors import CheckpointError, InvalidArgument
@@ -73,6 +74,7 @@ def publish(unfinished: Path, step: int) -> Path:
     """Give a finished folder its name: here a checkpoint begins to exist. Raises OSError."""
     sync_folder(unfinished)
     path = free_name(unfinished.parent, step)
+    supervised.check_lease()
     unfinished.rename(path)
     sync_folder(path.parent)
     return path

@@ -81,7 +81,7 @@ class Saver:
         if config.attempt() and self.world.rank == 0:
             for path in complete(self.checkpoints.folder):
                 with suppress(CheckpointError):
-                    if manifest.read(path).made_by.get("run") == config.run():
+                    if manifest.read(path).made_by.get("run") == config.run_id():
                         return path
         return None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mpidl import __version__
-from mpidl.cli import attend, bench, launcher
+from mpidl.cli import attend, bench, launcher, places
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
@@ -48,7 +48,10 @@ def _main(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     command: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...")],
-    ranks: Annotated[int, typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks.")] = 1,
+    ranks: Annotated[
+        int | None,
+        typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks.", show_default="1"),
+    ] = None,
     module: Annotated[
         bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
     ] = False,
@@ -61,30 +64,71 @@ def run(
     replace: Annotated[
         bool, typer.Option("--replace", help="With --elastic: spawn new ranks for those killed.")
     ] = False,
+    hosts: Annotated[
+        str,
+        typer.Option(metavar="a:4,b:4", help="Run on these hosts, with so many ranks on each."),
+    ] = "",
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Start again when ranks or hosts die, at most so often, on the hosts that are "
+            "left. The script goes on from its checkpoints: Trainer(checkpoint=...).",
+        ),
+    ] = None,
     min_ranks: Annotated[
         int | None,
-        typer.Option("--min-ranks", min=1, help="With --elastic: end when fewer are left."),
+        typer.Option(min=1, help="With --elastic, --restarts: give up where fewer are left."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
 
     SCRIPT is a Python file, or any other program. A convenience: mpirun, mpiexec and srun
-    work just as well.
+    work just as well; but they end where a host dies.
+
+    mpidl run -n 4 train.py
+
+    mpidl run --hosts a:4,b:4 train.py
+
+    mpidl run --hosts a:4,b:4 --restarts 3 --min-ranks 4 train.py
+
+    Inside a SLURM job (sbatch --no-kill), --restarts takes the hosts from it.
     """
-    if not elastic and (replace or min_ranks is not None):
-        print("mpidl: --replace and --min-ranks need --elastic", file=sys.stderr)
+    if (replace and not elastic) or (min_ranks and not elastic and restarts is None):
+        print("mpidl: --replace needs --elastic; --min-ranks that or --restarts", file=sys.stderr)
         raise typer.Exit(2)
     library = _or_exit(launcher.find)
-    environment = launcher.environment(library, ranks)
-    environment.update(launcher.replacing(min_ranks, replace=replace))
     program = _or_exit(partial(launcher.program, command, module=module))
-    options = _or_exit(partial(launcher.options, library, ranks, elastic=elastic, replace=replace))
-    line = [*options, *_or_exit(partial(launcher.split, launcher_args)), *program]
+    count, where = _or_exit(partial(places.choose, ranks, hosts, from_slurm=restarts is not None))
+    settings = launcher.replacing(min_ranks, replace=replace)
+    environment = {**launcher.environment(library, count, where), **settings}
+    names = [*os.environ, *environment]
+    options = _or_exit(
+        partial(launcher.options, library, count, where, names, elastic=elastic, replace=replace)
+    )
+    extra = _or_exit(partial(launcher.split, launcher_args))
+    line = [*options, *extra, *program]
     if dry_run:
         changes = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join(["env", *changes, *line] if changes else line))
         return
+    if restarts is not None:
+        from mpidl.cli import supervise
+
+        job = supervise.Job(
+            library,
+            program,
+            count,
+            restarts,
+            where,
+            min_ranks or 1,
+            elastic,
+            replace,
+            extra,
+            settings,
+        )
+        raise typer.Exit(_or_exit(partial(supervise.run, job)))
     sys.stdout.flush()
     if library.vendor == "openmpi":
         with attend.status_file() as (path, told):

@@ -51,7 +51,7 @@ def run(line: Sequence[str], environment: Mapping[str, str]) -> int:
     while child.poll() is None:
         found = signal.sigtimedwait(awaited, LOOK_SECONDS)
         if found is None:
-            has_ranks = _has_children(child.pid)
+            has_ranks = has_children(child.pid)
             begun, alone = begun or has_ranks, 0 if has_ranks or not begun else alone + 1
             if alone == LOOKS:
                 child.kill()
@@ -86,7 +86,7 @@ def status_file() -> Iterator[tuple[str, Callable[[], int]]]:
         yield file.name, told
 
 
-def _has_children(pid: int) -> bool:
+def has_children(pid: int) -> bool:
     """Whether a process has children: at worst a few milliseconds, with thousands of processes."""
     for place in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):  # it may have ended

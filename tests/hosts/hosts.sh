@@ -169,7 +169,7 @@ ssh() {
         exec env -i HOME="$HOME" USER="$(id -un)" LOGNAME="$(id -un)" SHELL=/bin/bash \
             PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
             HOSTS_DIR="$HOSTS_DIR" HOSTS_NET="$NET" HOSTS_PREFIX="$PREFIX" \
-            bash "$SELF" run "$host" bash -c "$*" 2>&3 3>&-
+            setsid --wait bash "$SELF" run "$host" bash -c "$*" 2>&3 3>&- # as sshd does it
     )
     status=$?
     while [[ -e $HOSTS_DIR/$host/cut ]]; do sleep 0.2; done

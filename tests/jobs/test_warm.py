@@ -40,7 +40,7 @@ class Pacing(data.ArrayDataset):
 nn.seed(1)
 model = nn.Sequential(nn.Linear(20, 300), nn.ReLU(), nn.Dropout(0.2), nn.Linear(300, 4))
 trainer = mpidl.Trainer(
-    model, nn.cross_entropy, optim.Adam(1e-3), microbatches=4, elastic=config.run() is not None,
+    model, nn.cross_entropy, optim.Adam(1e-3), microbatches=4, elastic=config.run_id() is not None,
     quiet=True, checkpoint=folder or None, resume=resume,
 )
 begun = trainer.replica.steps

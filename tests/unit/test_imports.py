@@ -27,6 +27,7 @@ LEVELS = {
     "abort": 1,
     "autograd": 1,
     "hang": 1,
+    "lease": 1,
     "link": 1,
     "marks": 1,
     "mpi": 1,
@@ -34,6 +35,7 @@ LEVELS = {
     "tree": 1,
     "signals": 1,
     "spawned": 1,
+    "supervised": 1,
     "watchdog": 1,
     "world": 1,
     "data": 2,
@@ -79,6 +81,7 @@ LEVELS = {
     "run_folder": 4,
     "trainer": 4,
     "update": 4,
+    "survivable": 4,
     "warm": 4,
     "weights": 4,
     "__init__": 4,  # `from mpidl import __version__`; it may itself import all below the commands

@@ -63,6 +63,8 @@ class Comm:
 class State:
     """Tensors that follow from the step."""
 
+    changes = False
+
     def __init__(self, world: mpidl.World) -> None:
         self.world, self.step = world, 0
 

@@ -134,4 +134,4 @@ def test_options_that_need_another() -> None:
     for option in (["--replace"], ["--min-ranks", "2"]):
         line = (sys.executable, "-m", "mpidl", "run", *option, "-n", "2", __file__)
         result = job.execute("openmpi", *line)
-        assert (result.status, "need --elastic" in result.errors) == (2, True), result
+        assert (result.status, "--elastic" in result.errors) == (2, True), result

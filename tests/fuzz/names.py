@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-#: Packages whose names users call; those of frameworks are looked at where these are installed.
+#: Packages whose names users call, without those of frameworks.
 PACKAGES = {
     "engine": ("mpidl.autograd", "mpidl.functional"),
     "layers": ("mpidl.nn", "mpidl.nn.init", "mpidl.nn.random"),
@@ -19,7 +19,6 @@ PACKAGES = {
         "mpidl", "mpidl.checkpoint", "mpidl.signals", "mpidl.strategies", "mpidl.testing",
         "mpidl.onnx",
     ),
-    "torch": ("mpidl.torch",),
 }  # fmt: skip
 
 #: What users do not call, or make themselves: who calls it hands over what it has checked.

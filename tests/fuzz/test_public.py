@@ -20,7 +20,7 @@ from tests.conftest import ALL, SEED
 from tests.fuzz import names
 from tests.fuzz.calls import Journal
 
-GROUPS = ("engine", "layers", "rates", "data", "training")
+GROUPS = tuple(names.PACKAGES)
 EXAMPLES = 100 if ALL else 6
 SECONDS = 280
 

@@ -6,8 +6,10 @@ set -euo pipefail
 if [[ ! -x .venv/bin/python ]]; then
     new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
     python=
-    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
-        if command -v "$candidate" >/dev/null && "$candidate" -c "$new_enough" 2>/dev/null; then
+    candidates=(python3 python3.14 python3.13 python3.12 python3.11 python3.10)
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
+        if command -v -- "$candidate" >/dev/null && "$candidate" -c "$new_enough" 2>/dev/null; then
             python=$candidate; break
         fi
     done

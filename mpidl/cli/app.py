@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -37,6 +38,8 @@ app.command()(planning.plan)
 def _main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+        sys.stdout.reconfigure(errors="surrogateescape")
     if version:
         print(__version__)
         raise typer.Exit
@@ -66,7 +69,7 @@ def run(
     environment = launcher.environment(library, ranks)
     program = _or_exit(partial(launcher.program, command, module=module))
     options = _or_exit(partial(launcher.options, library, ranks, elastic=elastic))
-    line = [*options, *shlex.split(launcher_args), *program]
+    line = [*options, *_or_exit(partial(launcher.split, launcher_args)), *program]
     if dry_run:
         changes = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join(["env", *changes, *line] if changes else line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def parse_hosts(text: str) -> dict[str, int]:
     """
     hosts: dict[str, int] = {}
     for word in text.split(","):
-        found = re.fullmatch(r"\s*([\w.-]+)(?::([1-9]\d*))?\s*", word)
+        # no "-" first: the launcher, or ssh, would take it for an option
+        found = re.fullmatch(r"\s*(\w[\w.-]*)(?::([1-9]\d{0,8}))?\s*", word)
         if found is None:
             raise InvalidArgument(
                 f"host {word!r}: expected a name and a number of ranks, as in a:2"
@@ -140,13 +142,22 @@ def options(
         line += [HOSTS[library.vendor], ",".join(f"{name}:{n}" for name, n in hosts.items())]
         if library.vendor == "openmpi":
             for name in sorted(name for name in environment if name.startswith(NEEDED)):
-                line += ["-x", name]
+                if re.fullmatch(r"\w+", name, re.ASCII):  # "A;B" are two to mpirun
+                    line += ["-x", name]
     if library.vendor == "openmpi":
         # Its defaults refuse more ranks than cores, and bind a rank, its BLAS threads and all,
         # to one core.
         line += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         line += ["--with-ft", "ulfm"] * elastic
     return line
+
+
+def split(text: str) -> list[str]:
+    """Return the words of --launcher-args, as a shell takes them apart. Raises InvalidArgument."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InvalidArgument(f"--launcher-args {text!r}: {error}") from error
 
 
 def environment(
@@ -182,10 +193,12 @@ def program(command: list[str], *, module: bool) -> list[str]:
     """
     if ":" in command:
         raise InvalidArgument("a lone ':' cannot be passed on: launchers start a new command there")
+    if any("\0" in word for word in command):
+        raise InvalidArgument("a NUL cannot be passed on: it ends an argument")
     python = [sys.executable, "-m", "mpi4py"]
-    if module:
-        return [*python, "-m", *command]
     name, arguments = command[0], command[1:]
+    if module and not name.startswith("-"):
+        return [*python, "-m", *command]
     if name.startswith("-"):
         raise InvalidArgument(
             f"{name} is no option of mpidl run; give the launcher's own as --launcher-args '{name}'"

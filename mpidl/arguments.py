@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING, Any
 from mpidl.array import is_device
 from mpidl.bucket import check_dtype
 from mpidl.errors import InvalidArgument
+from mpidl.nn.module import Module
 from mpidl.optim.clip import Clip
+from mpidl.refuse import told, whole
 
 if TYPE_CHECKING:
-    from mpidl.nn import Module
+    from mpidl.nn import Parameter
     from mpidl.world import World
+
+
+def parameters_of(model: Any, world: World) -> dict[str, Parameter]:
+    """Return the parameters of a model. Collective.
+
+    Raises InvalidArgument on every rank where it is no `nn.Module`.
+    """
+    with world.together():
+        if not isinstance(model, Module):
+            raise InvalidArgument(f"expected a model, an nn.Module, found {told(model)}")
+    return model.named_parameters()
 
 
 def check_options(
@@ -34,11 +47,9 @@ def check_options(
     """
     with world.together():
         made = Clip(*clip)
-        if audit_every != int(audit_every) or audit_every < 0:
-            raise InvalidArgument(f"{audit_every=}: expected a whole number; 0 for never")
-        for name, number in (("accumulate", accumulate), ("local_steps", local_steps)):
-            if number != int(number) or number < 1:
-                raise InvalidArgument(f"{name}={number}: expected a whole number from 1 on")
+        whole("audit_every", audit_every)
+        whole("accumulate", accumulate, 1)
+        whole("local_steps", local_steps, 1)
         check_averaging(overlap, bucket_bytes)
         check_microbatches(model, microbatches, accumulate, local_steps)
     for option in (

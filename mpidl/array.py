@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mpidl.errors import DeviceNotFound, InvalidArgument
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,11 +67,9 @@ def device_namespace(device: str) -> Any:
     The first such call makes that GPU the current one. Raises DeviceNotFound where CuPy or a GPU
     is missing, InvalidArgument for another name.
     """
-    if device == "cpu":
-        return np
-    if device != "cuda":
-        raise InvalidArgument(f"device {device!r}: expected 'cpu' or 'cuda'")
-    return _cupy()
+    if not isinstance(device, str) or device not in ("cpu", "cuda"):
+        raise InvalidArgument(f"device {told(device)}: expected 'cpu' or 'cuda'")
+    return np if device == "cpu" else _cupy()
 
 
 @cache
@@ -104,8 +103,8 @@ def to_numpy(value: Any) -> Array:
 
 
 def as_array(value: Any) -> Array:
-    """Return an array as it is, and a number as an array of no axes."""
-    return value if is_array(value) else np.asarray(value)
+    """Return an array as it is (but for a subclass), and a number as an array of no axes."""
+    return value if is_device(value) else np.asarray(value)
 
 
 def synchronize(value: Array) -> None:

@@ -12,6 +12,7 @@ from mpidl import codecs
 from mpidl.array import is_device, namespace
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.foreign import Memory, memory
+from mpidl.refuse import WRONG, told, wrong
 from mpidl.strategies import AllReduce
 from mpidl.world import all_equal, current
 
@@ -59,6 +60,8 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
         _collect(arrays, "arrays", leaves)
     except MpidlError as error:
         problem = error
+    except WRONG as error:  # a list that holds itself, say
+        problem = wrong(error)
     layout = "\n".join(
         f"{name} {array.shape} {dtype}{' on the GPU' * is_device(array)}"
         for name, (array, dtype) in leaves.items()
@@ -88,8 +91,8 @@ def mean(
         if not 0 <= weight < math.inf:
             raise ValueError
     except Exception:  # each library has its own
-        told = f"weight={weight!r}: expected a finite number, 0 or more"
-        problem = problem or InvalidArgument(told)
+        found = f"weight={told(weight)}: expected a finite number, 0 or more"
+        problem = problem or InvalidArgument(found)
     with world.mark.enter("average"):
         # With more than 8,192 ranks codes may seem to differ: a longer look finds them equal.
         code = zlib.crc32(layout.encode()) >> 12

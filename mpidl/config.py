@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ def terminal_width() -> int | None:
     `mpidl run` sets it, since a rank sees only the launcher's pipe.
     """
     value = os.environ.get("MPIDL_TERMINAL", "")
-    return int(value) if value.isdigit() else None
+    return int(value) if value.isdecimal() else None
 
 
 def stall_seconds() -> float:
@@ -66,7 +67,7 @@ def launched_size() -> tuple[str, int] | None:
     """
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         value = os.environ.get(name, "")
-        if value.isdigit():
+        if value.isdecimal():
             return name, int(value)
     return None
 
@@ -96,6 +97,6 @@ def setting(name: str, value: str) -> Iterator[None]:
 
 def _choice(name: str, default: str, valid: tuple[str, ...], asked: str | None = None) -> str:
     value = os.environ.get(name, default) if asked is None else asked
-    if value not in valid:
-        raise InvalidArgument(f"{name}={value!r}: expected one of {', '.join(valid)}")
+    if not isinstance(value, str) or value not in valid:
+        raise InvalidArgument(f"{name}={told(value)}: expected one of {', '.join(valid)}")
     return value

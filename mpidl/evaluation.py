@@ -6,15 +6,26 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from mpidl import exact
+from mpidl.data.dataset import length
+from mpidl.errors import InvalidArgument
 from mpidl.nn.predict import evaluating
+from mpidl.refuse import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mpidl.data import Batches
+    from mpidl.data import Batches, Dataset
     from mpidl.nn import Module
     from mpidl.trainer import Metric
     from mpidl.world import World
+
+
+def batch_of(dataset: Dataset, batch_size: int) -> int:
+    """Return the batch to evaluate with, at most all samples. Raises InvalidArgument for none."""
+    n = length(dataset, "evaluate")
+    if n == 0:
+        raise InvalidArgument("evaluate: the data set is empty")
+    return min(whole("evaluate: batch_size", batch_size, 1), n)
 
 
 def means(

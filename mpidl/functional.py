@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mpidl.autograd.tensor import Tensor, apply, array_of
+from mpidl.errors import AutogradError
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,12 +169,19 @@ def broadcast_to(x: X, shape: tuple[int, ...]) -> Tensor:
 
 def concatenate(xs: Sequence[X], axis: int = 0) -> Tensor:
     """Return the xs one after the other along an axis that they have."""
-    return apply("concatenate", *xs, axis=axis)
+    return apply("concatenate", *_several(xs, "concatenate"), axis=axis)
 
 
 def stack(xs: Sequence[X], axis: int = 0) -> Tensor:
     """Return the xs, all of one shape, along a new axis."""
-    return apply("stack", *xs, axis=axis)
+    return apply("stack", *_several(xs, "stack"), axis=axis)
+
+
+def _several(xs: Any, who: str) -> Sequence[X]:
+    try:
+        return tuple(xs)
+    except TypeError:
+        raise AutogradError(f"{who}: expected a list of tensors, found {told(xs)}") from None
 
 
 def pad(x: X, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpidl import bucket, codecs, signals, strategies
 from mpidl.accumulation import Accumulation
-from mpidl.arguments import check_options, check_parameters
+from mpidl.arguments import check_options, check_parameters, parameters_of
 from mpidl.array import Array, is_device
 from mpidl.asynchronous import AsynchronousUpdate
 from mpidl.audit import Audit
@@ -102,7 +102,7 @@ class DataParallel:
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
-        known = model.named_parameters()
+        known = parameters_of(model, self.world)
         self.parameters = {name: p for name, p in known.items() if p.requires_grad}  #: to train
         self._frozen = {name: p for name, p in known.items() if not p.requires_grad}
         self.accumulate = accumulate

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl.autograd import recording
 from mpidl.errors import InvalidArgument, MissingBackward
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.nn import Module
@@ -36,6 +37,7 @@ class RowCount:
         """Start anew."""
         self.rows = None
 
+    @refuses
     def weight(self, asked: float | None, step: str, *, gradients: bool) -> float:
         """Return `asked`, or where that is None what was counted.
 

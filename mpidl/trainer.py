@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs, data, exact, nn, progress, signals
 from mpidl.array import is_device
+from mpidl.data.batches import size_in
 from mpidl.done import Done
 from mpidl.errors import InvalidArgument, NonFinite
-from mpidl.evaluation import mean_of, means
+from mpidl.evaluation import batch_of, mean_of, means
 from mpidl.loss_sum import LossSum
 from mpidl.parallel import DataParallel
+from mpidl.refuse import whole
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
@@ -109,8 +111,9 @@ class Trainer:
         self.model, self.loss = model, loss
         if metrics is None:
             metrics = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
-        self.metrics = dict(metrics)
         with self.world.together():
+            self.metrics, self.settings = dict(metrics), dict(settings or {})
+            elastic = bool(elastic)
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
         self.options: dict[str, Any] = {
@@ -129,7 +132,7 @@ class Trainer:
         self.optimizer, self.microbatches = optimizer, microbatches
         self.replicate()
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
-        self.out, self.settings, self.quiet = out, dict(settings or {}), quiet
+        self.out, self.quiet = out, quiet
         self.epochs = 0  #: done so far, in all calls of `fit`
         self._folder: RunFolder | None = None
         self.done = Done()
@@ -187,8 +190,7 @@ class Trainer:
     ) -> list[Epoch]:
         """Do what `fit` is asked for, as far as it is not done. Collective."""
         with self.world.together():
-            if epochs < 0:
-                raise InvalidArgument(f"epochs={epochs}: expected 0 or more")
+            whole("epochs", epochs)
             if isinstance(train, data.Loader) and train.microbatches != self.microbatches:
                 raise InvalidArgument(
                     f"a Loader of microbatches={train.microbatches}, and a Trainer of "
@@ -201,10 +203,9 @@ class Trainer:
         def batches(epoch: int) -> data.Batches:
             if isinstance(train, data.Loader):
                 return train.epoch(epoch, device=self.device)
-            assert batch_size is not None
             return data.batches(
                 train,
-                batch_size(epoch) if callable(batch_size) else batch_size,
+                size_in(epoch, batch_size),
                 world=self.world,
                 seed=seed,
                 epoch=epoch,
@@ -259,11 +260,10 @@ class Trainer:
         Raises InvalidArgument for an empty data set.
         """
         with self.world.together():
-            if len(dataset) == 0:
-                raise InvalidArgument("evaluate: the data set is empty")
+            batch_size = batch_of(dataset, batch_size)
         batches = data.batches(
             dataset,
-            min(batch_size, len(dataset)),
+            batch_size,
             world=self.world,
             shuffle=False,
             device=self.device,

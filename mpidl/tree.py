@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.world import World
 
+MOST = (1 << 31) - 1
 #: What to add: an array by its number, or two of these.
 Sum: TypeAlias = "int | tuple[Sum, Sum]"
 
@@ -37,8 +38,8 @@ class Tree:
     members: tuple[tuple[int, ...], ...]  #: the ranks of each node, as `World.members`
 
     def __post_init__(self) -> None:
-        if not isinstance(self.leaves, Integral) or self.leaves < 1:
-            raise InvalidArgument(f"microbatches={self.leaves}: expected a whole number from 1 on")
+        if whole("microbatches", self.leaves, 1) > MOST:
+            raise InvalidArgument(f"microbatches={self.leaves}: expected {MOST} or fewer")
 
     @classmethod
     def of(cls, leaves: int, world: World) -> Tree:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from mpidl.errors import CheckpointError, DataError, InvalidArgument
+from mpidl.refuse import refuses, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="Module")
 SUFFIX = ".safetensors"
+MOST_NAME_BYTES = 255  # of a file's name, on Linux
 CHECKSUM = "mpidl.crc32"  # in the file's metadata: the format itself has none
 
 
@@ -36,9 +38,10 @@ def save(model: Module, path: AnyPath) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    path = Path(path)
+    path = path_of(path)
     if path.suffix != SUFFIX:
         raise InvalidArgument(f"save to {path}: expected a name that ends in {SUFFIX}")
+    _check_model(model, "save")
     # the library writes memory as it lies, without a look at strides
     state = {name: np.asarray(a, order="C") for name, a in model.state_dict().items()}
     try:
@@ -60,10 +63,11 @@ def load(source: Mapping[str, Array] | AnyPath, model: M) -> M:
     damaged (in a .safetensors file, damaged values are seen if `save` wrote it); InvalidArgument
     for another suffix, and for names and shapes that are not the model's.
     """
+    _check_model(model, "load")
     if isinstance(source, Mapping):
         model.load_state_dict(source)
         return model.eval()
-    path = Path(source)
+    path = path_of(source)
     if path.is_dir():
         state = _read_checkpoint(path)
     elif path.suffix not in READERS:
@@ -79,12 +83,32 @@ def load(source: Mapping[str, Array] | AnyPath, model: M) -> M:
     return model.eval()
 
 
+@refuses
+def path_of(name: AnyPath) -> Path:
+    """Return a path that the operating system can be asked for. Raises InvalidArgument."""
+    path = Path(name)
+    if "\0" in str(path) or len(os.fsencode(path.name)) > MOST_NAME_BYTES:
+        raise InvalidArgument(f"{told(name)} can be no file's name")
+    return path
+
+
+def _check_model(model: Any, who: str) -> None:
+    from mpidl.nn.module import Module
+
+    if not isinstance(model, Module):
+        raise InvalidArgument(f"{who}: expected a model, an nn.Module, found {told(model)}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new file's name beside `path`; when all went well it is on disk and named `path`.
 
     A reader, and whoever comes after a crash, finds the old file or the new one, both whole.
+    Raises InvalidArgument for the name of a folder, or of a device such as /dev/null, whose place
+    a file would take.
     """
+    if path.exists() and not path.is_file():
+        raise InvalidArgument(f"{path} is no plain file: expected a new name, or that of a file")
     unfinished = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         yield unfinished

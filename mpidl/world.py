@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mpidl import abort, array, config, mpi, watchdog
-from mpidl.errors import MpidlError, RankMismatch
+from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.marks import Mark, shared, some
+from mpidl.refuse import WRONG, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -183,12 +184,13 @@ class World:
     def together(self) -> Iterator[None]:
         """Let every rank raise what any rank raises (an MpidlError) in this context. Collective.
 
-        Nothing in the context may wait for another rank.
+        What Python and NumPy raise for wrong arguments becomes InvalidArgument. Nothing in the
+        context may wait for another rank.
         """
         try:
             yield
-        except MpidlError as error:
-            self.agree(error)
+        except (MpidlError, *WRONG) as error:
+            self.agree(error if isinstance(error, MpidlError) else wrong(error))
         else:
             self.agree(None)
 
@@ -303,6 +305,8 @@ def init(
     by one MPI load another.
     """
     global _world
+    if not isinstance(abort_on_error, bool):
+        raise InvalidArgument(f"{abort_on_error=}: expected True or False")
     stall, checks = config.stall(stall), config.check(check)
     seconds = config.stall_seconds()
     if _world is None:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpidl.array import namespace, to_numpy
+from mpidl.array import as_array, is_array, namespace, to_numpy
 from mpidl.autograd.modes import no_grad
 from mpidl.autograd.tensor import Tensor
 from mpidl.autograd.transforms import jvp, vjp
-from mpidl.errors import GradientMismatch
+from mpidl.errors import GradientMismatch, InvalidArgument
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,9 +28,16 @@ def check_gradients(
     number, whose gradient is compared element by element. Forward mode: the change of w . value
     along each single element, for up to 8 of them. Errors are relative to max(1, |numeric|).
     Raises GradientMismatch, which names the mode and the worst element, where one passes
-    `tolerance`.
+    `tolerance`, and InvalidArgument for what are no arrays of numbers, and no bounds above 0.
     """
-    points = [a.astype(np.float64) for a in arrays]
+    for name, bound in (("step", step), ("tolerance", tolerance)):
+        if not isinstance(bound, (int, float)) or not 0 < bound < np.inf:
+            found = told(bound)
+            raise InvalidArgument(f"check_gradients {name}={found}: expected 0 < {name} < inf")
+    for x in arrays:
+        if not (is_array(x) and x.dtype.kind in "biuf"):
+            raise InvalidArgument(f"check_gradients: expected arrays, found {told(x)}")
+    points = [as_array(a).astype(np.float64) for a in arrays]
     value, pull = vjp(function, *points)
     xp, rng = namespace(value), np.random.default_rng(0)
     weights = xp.asarray(rng.standard_normal(value.shape))

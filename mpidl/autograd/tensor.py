@@ -13,6 +13,7 @@ from mpidl.autograd.ops import OPS
 from mpidl.autograd.tape import Node
 from mpidl.autograd.variable import Variable
 from mpidl.errors import AutogradError
+from mpidl.refuse import WRONG, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,11 +131,12 @@ class Tensor(Variable):
     def swapaxes(self, first: int, second: int) -> Tensor:
         """Return the tensor with two axes in each other's place."""
         n = self.data.ndim
-        for axis in (first, second):
-            if not -n <= axis < n:
-                raise AutogradError(f"swapaxes of shapes {self.shape}: there is no axis {axis}")
         axes = list(range(n))
-        axes[first], axes[second] = axes[second], axes[first]
+        try:
+            axes[first], axes[second] = axes[second], axes[first]
+        except (IndexError, TypeError):
+            asked = f"{told(first)}, {told(second)}"
+            raise AutogradError(f"swapaxes of shapes {self.shape}: no axes {asked}") from None
         return apply("transpose", self, axes=tuple(axes))
 
     def flatten(self, start: int = 0) -> Tensor:
@@ -143,7 +145,10 @@ class Tensor(Variable):
 
     def argmax(self, axis: int | None = None) -> Any:
         """Return where the largest element is, as an array of integers: it has no gradient."""
-        return self.data.argmax(axis=axis)
+        try:
+            return self.data.argmax(axis=axis)
+        except WRONG as error:
+            raise AutogradError(f"argmax of shapes {self.shape}: {error}") from error
 
     def sum(self, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> Tensor:
         """Return the sum along `axis` (all axes by default)."""
@@ -214,7 +219,11 @@ def array_of(value: Any) -> Any:
 
 
 def _flat(shape: tuple[int, ...], start: int) -> tuple[int, ...]:
-    return (*shape[:start], math.prod(shape[start:]))
+    try:
+        return (*shape[:start], math.prod(shape[start:]))
+    except TypeError:
+        asked = told(start)
+        raise AutogradError(f"flatten of shapes {shape}: expected an axis, found {asked}") from None
 
 
 def _axes(given: tuple[Any, ...]) -> tuple[int, ...]:
@@ -225,15 +234,20 @@ def tensor(data: Any, *, requires_grad: bool = False, dtype: Any = None) -> Tens
     """Make a tensor of its own memory from numbers, nested lists, an array or a tensor.
 
     Python floats become float32, as does what is to have a gradient and is of whole numbers.
+    Raises AutogradError for what are no numbers.
     """
     data = array_of(data)
     given = array.is_array(data)
-    data = data if given else np.asarray(data)
-    if dtype is None and (
-        (requires_grad and data.dtype.kind != "f") or (not given and data.dtype == np.float64)
-    ):
-        dtype = np.float32
-    return Tensor(data.astype(dtype or data.dtype), requires_grad=requires_grad)
+    try:
+        data = data if given else np.asarray(data)
+        if dtype is None and (
+            (requires_grad and data.dtype.kind != "f") or (not given and data.dtype == np.float64)
+        ):
+            dtype = np.float32
+        made = data.astype(data.dtype if dtype is None else dtype)
+    except WRONG as error:
+        raise AutogradError(f"tensor of {told(data)}: {error}") from error
+    return Tensor(made, requires_grad=requires_grad)
 
 
 def apply(name: str, *inputs: Any, **options: Any) -> Tensor:
@@ -245,11 +259,16 @@ def apply(name: str, *inputs: Any, **options: Any) -> Tensor:
     for i, x in enumerate(inputs):
         if isinstance(x, Tensor):
             values[i] = x.data
-        elif isinstance(x, generic):  # it would widen float32 arrays; a Python number does not
-            values[i] = x.item()
+        elif x.__class__ is not ndarray:
+            if isinstance(x, generic):  # it would widen float32 arrays; a Python number does not
+                values[i] = x.item()
+            elif isinstance(x, ndarray):  # a product of np.matrix is another one
+                values[i] = np.asarray(x)
     try:
         value, adjoints, push = OPS[name](*values, **options)
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
+    except WRONG as error:
+        if not isinstance(name, str) or name not in OPS:
+            raise AutogradError(f"no operation {told(name)}: see OPS") from error
         raise AutogradError(f"{name} of shapes {_shapes(values)}: {error}") from error
     result = new(Tensor)  # __init__ would check what is known
     result.data = value if value.__class__ is ndarray else array.as_array(value)
@@ -268,4 +287,4 @@ def apply(name: str, *inputs: Any, **options: Any) -> Tensor:
 
 
 def _shapes(values: list[Any]) -> str:
-    return ", ".join(str(getattr(v, "shape", v)) for v in values)
+    return ", ".join(told(getattr(v, "shape", v), form=str) for v in values)

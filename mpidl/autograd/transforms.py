@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from mpidl.autograd.modes import no_grad, observed, recorded
 from mpidl.autograd.tape import Node, walk
 from mpidl.autograd.tensor import Tensor, array_of
 from mpidl.errors import AutogradError
+from mpidl.refuse import WRONG, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +33,13 @@ def grad(function: Callable[..., Tensor], argument: int = 0) -> Callable[..., Ar
         def of_one(x: Tensor) -> Tensor:
             return function(*arguments[:argument], x, *arguments[argument + 1 :])
 
-        value, pull = vjp(of_one, arguments[argument])
+        _check_callable(function, "grad")
+        try:
+            point = arguments[index(argument)]
+        except (IndexError, TypeError):
+            told_of = f"argument {told(argument)}, of {len(arguments)}"
+            raise AutogradError(f"grad: the function got no {told_of}") from None
+        value, pull = vjp(of_one, point)
         if value.size != 1:
             raise AutogradError(f"grad: the function gave shape {value.shape}, not one number")
         return pull(array.namespace(value).ones_like(value))
@@ -47,8 +55,10 @@ def vjp(function: Callable[..., Tensor], *xs: Any) -> tuple[Array, Callable[[Arr
     nothing. Raises AutogradError for a gradient of another shape.
     """
     inputs = [Tensor(_floating(x), requires_grad=True) for x in xs]
+    _check_callable(function, "vjp")
     with recorded(True):
         value = function(*inputs)
+    _check_tensor(value, "vjp")
 
     def pull(gradient: Array) -> Any:
         if gradient.shape != value.shape:
@@ -87,14 +97,16 @@ def jvp(function: Callable[..., Tensor], x: Any, v: Any) -> tuple[Array, Array]:
     plain arrays: a derivative of a derivative is not to be had. Raises AutogradError where the
     shapes differ.
     """
-    xs, vs = (x, v) if isinstance(x, tuple) else ((x,), (v,))
+    _check_callable(function, "jvp")
+    xs, vs = (x, v) if isinstance(x, tuple) and isinstance(v, tuple) else ((x,), (v,))
+    xs, vs = tuple(map(_floating, xs)), tuple(map(_floating, vs))
     shapes = [np.shape(a) for a in xs], [np.shape(a) for a in vs]
     if shapes[0] != shapes[1]:
         raise AutogradError(f"jvp: a point of shapes {shapes[0]}, a direction of {shapes[1]}")
     this = object()  # tells this jvp's changes from those of one around it (Siskind, Pearlmutter)
     duals = [
-        Dual(point, {this: array.as_array(direction).astype(point.dtype)})
-        for point, direction in zip(map(_floating, xs), vs, strict=True)
+        Dual(point, {this: direction.astype(point.dtype)})
+        for point, direction in zip(xs, vs, strict=True)
     ]
 
     def carry(_: str, inputs: Any, __: Any, result: Tensor, push: Any) -> Tensor:
@@ -107,6 +119,7 @@ def jvp(function: Callable[..., Tensor], x: Any, v: Any) -> tuple[Array, Array]:
 
     with no_grad(), observed(carry):
         value = function(*duals)
+    _check_tensor(value, "jvp")
     change = _change(value, this)
     still = array.namespace(value.data).zeros_like(value.data)
     return value.data, still if change is None else change
@@ -123,8 +136,22 @@ def _zero(x: Any) -> Any:
 
 def _floating(x: Any) -> Array:
     """Return `x` as an array that can have a gradient: float64, unless it is one already."""
-    x = array.as_array(array_of(x))
-    return x if x.dtype.kind == "f" else x.astype(np.float64)
+    x = array_of(x)
+    try:
+        x = array.as_array(x)
+        return x if x.dtype.kind == "f" else x.astype(np.float64)
+    except WRONG as error:
+        raise AutogradError(f"expected numbers, found {told(x)}: {error}") from error
+
+
+def _check_callable(function: Any, who: str) -> None:
+    if not callable(function):
+        raise AutogradError(f"{who}: expected a function, found {told(function)}")
+
+
+def _check_tensor(value: Any, who: str) -> None:
+    if not isinstance(value, Tensor):
+        raise AutogradError(f"{who}: expected the function to return a Tensor, got {told(value)}")
 
 
 class Record(NamedTuple):

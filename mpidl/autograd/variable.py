@@ -9,6 +9,7 @@ import numpy as np
 from mpidl import array
 from mpidl.autograd.tape import Leaf, Node, walk
 from mpidl.errors import AutogradError
+from mpidl.refuse import WRONG, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,14 +33,17 @@ class Variable:
     __slots__ = ("__weakref__", "arrive", "data", "frozen", "node", "uses")
 
     def __init__(self, data: Array, *, requires_grad: bool = False) -> None:
-        if data.__class__ is not ndarray and not array.is_array(data):
-            if not isinstance(data, np.generic):
+        if data.__class__ is not ndarray:
+            if isinstance(data, ndarray | np.generic):  # np.matrix has products of its own
+                data = np.asarray(data)
+            elif not array.is_array(data):
                 raise AutogradError(f"Tensor of a {type(data).__name__}: use mpidl.tensor(...)")
-            data = np.asarray(data)
         self.data = data
         self.node: Node | Leaf | None = None
         self.uses = 0
-        if requires_grad:
+        if requires_grad is not False:
+            if requires_grad.__class__ is not bool:
+                raise AutogradError(f"requires_grad={told(requires_grad)}: expected True or False")
             self.requires_grad = True
 
     @property
@@ -133,7 +137,10 @@ class Variable:
             raise AutogradError(
                 f"backward: gradient of shape {found}: expected an array of shape {self.data.shape}"
             )
-        given = given.astype(self.data.dtype, copy=False)
+        try:
+            given = given.astype(self.data.dtype, copy=False)
+        except WRONG as error:
+            raise AutogradError(f"backward: gradient of {given.dtype}: {error}") from error
         array.keep_freed_memory()
         if isinstance(self.node, Node):
             walk(self.node, given)

@@ -13,6 +13,7 @@ from mpidl.checkpoint import folder as folders
 from mpidl.checkpoint.checkpoints import Best, Checkpoints
 from mpidl.checkpoint.reader import look, weights
 from mpidl.errors import CheckpointError, InvalidArgument
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -151,5 +152,7 @@ def _parts(what: Any) -> tuple[DataParallel, dict[str, Any]]:
         return what, {}
     replica = getattr(what, "replica", None)
     if not isinstance(replica, DataParallel):
-        raise InvalidArgument(f"checkpoint: expected a DataParallel or a Trainer, found {what!r}")
+        raise InvalidArgument(
+            f"checkpoint: expected a DataParallel or a Trainer, found {told(what)}"
+        )
     return replica, {"epoch": what.epochs}

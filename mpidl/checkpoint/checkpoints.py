@@ -20,6 +20,7 @@ from mpidl.checkpoint.manifest import Manifest
 from mpidl.checkpoint.pieces import Sheet, shares
 from mpidl.checkpoint.writer import Writer
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,6 +86,8 @@ class Checkpoints:
         """
         self.finish()
         with self.world.together():
+            whole("checkpoint: step", step)
+            whole("checkpoint: epoch", epoch)
             made = Manifest(
                 step=step,
                 ranks=self.world.size,
@@ -191,6 +194,7 @@ class Checkpoints:
             )
 
 
+@refuses
 def _checked(folder: Any, keep: int, best: Best) -> tuple[str, str] | None:
     """Return the rule of the best. Raises InvalidArgument."""
     if not isinstance(folder, (str, Path)) or not str(folder) or "\0" in str(folder):

@@ -13,6 +13,7 @@ from mpidl.checkpoint import manifest
 from mpidl.checkpoint.disk import Checked, opened
 from mpidl.checkpoint.pieces import Held, Key, pieces
 from mpidl.errors import CheckpointError
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,6 +122,7 @@ def combined(stored: Stored, kind: str, name: str, start: int, stop: int, *, mea
     return (total / len(values) if mean else total).astype(first.dtype)
 
 
+@refuses
 def weights(path: Path) -> dict[str, Array]:
     """Return parameters and buffers by dotted name, for inference. Raises CheckpointError."""
     stored = look(path)

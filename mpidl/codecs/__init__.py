@@ -16,6 +16,7 @@ from mpidl.codecs.powersgd import PowerSGD
 from mpidl.codecs.signsgd import SignSGD
 from mpidl.codecs.topk import TopK
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +59,9 @@ def make(codec: Spec) -> AnyCodec | None:
     """
     if isinstance(codec, type):
         raise InvalidArgument(f"codec: expected a name or {codec.__name__}(...)")
+    known = codec is None or isinstance(codec, (str, PowerSGD))
+    if not known and not all(hasattr(codec, name) for name in ("nbytes", "encode", "decode")):
+        raise InvalidArgument(f"codec: expected a name or a codec, found {told(codec)}")
     if not isinstance(codec, str):
         return fresh(codec)
     if codec not in CODECS:
@@ -65,6 +69,7 @@ def make(codec: Spec) -> AnyCodec | None:
     return CODECS[codec]()
 
 
+@refuses
 def fresh(codec: T) -> T:
     """Return a codec with the same options, and none of its memory."""
     if is_dataclass(codec) and not isinstance(codec, type):

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpidl.codecs.scratch import Scratch
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -45,6 +46,7 @@ class Int8:
     _scratch: Scratch = field(default_factory=Scratch, init=False, repr=False, compare=False)
     _stream: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    @refuses
     def __post_init__(self) -> None:
         whole = isinstance(self.block, int) and isinstance(self.seed, int)
         if not whole or self.block < 1 or self.seed < 0:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
 
 
 @final
@@ -19,6 +20,7 @@ class PowerSGD:
 
     rank: int = 4
 
+    @refuses
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise InvalidArgument(f"PowerSGD(rank={self.rank}): expected a whole number from 1 on")

@@ -9,6 +9,7 @@ import numpy as np
 
 from mpidl.codecs.scratch import Scratch
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -34,6 +35,7 @@ class TopK:
 
     _scratch: Scratch = field(default_factory=Scratch, init=False, repr=False, compare=False)
 
+    @refuses
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise InvalidArgument(f"{self}: expected 0 < ratio <= 1")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpidl.array import device_namespace, to_device
+from mpidl.data.dataset import length
 from mpidl.errors import BatchTooLarge, InvalidArgument
+from mpidl.refuse import told, whole
 from mpidl.tree import Tree
 
 if TYPE_CHECKING:
@@ -130,12 +132,26 @@ def batches(
     return replace(made, mine=mine)
 
 
+def size_in(epoch: int, batch_size: Any) -> Any:
+    """Return `batch_size`, or what it gives for `epoch` where it is a function. Not collective.
+
+    What the function raises comes back as its value, for `batches` to refuse on every rank.
+    """
+    if not callable(batch_size):
+        return batch_size
+    try:
+        return batch_size(epoch)
+    except Exception as error:
+        return error
+
+
 def _check(made: Batches) -> None:
-    n = len(made.dataset)
-    if made.batch_size < 1:
-        raise InvalidArgument(f"batch_size={made.batch_size}: expected 1 or more")
-    if made.seed < 0 or made.epoch < 0:
-        raise InvalidArgument(f"seed={made.seed}, epoch={made.epoch}: expected 0 or more")
+    n = length(made.dataset, "batches")
+    whole("batch_size", made.batch_size, 1)
+    whole("seed", made.seed)
+    whole("epoch", made.epoch)
+    if not isinstance(made.shuffle, (bool, np.bool_)):
+        raise InvalidArgument(f"shuffle={told(made.shuffle)}: expected True or False")
     if made.microbatches is not None:
         Tree(made.microbatches, ((0,),))
     if made.batch_size > n:

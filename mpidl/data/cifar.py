@@ -10,6 +10,7 @@ import numpy as np
 from mpidl.data.dataset import ArrayDataset, ImageDataset
 from mpidl.data.files import reading
 from mpidl.errors import DataError
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -20,6 +21,7 @@ RECORD_BYTES = 1 + 3 * 32 * 32  # a label; then red, green and blue, row by row
 CLASSES = 10
 
 
+@refuses
 def cifar10(folder: AnyPath) -> tuple[ImageDataset, ImageDataset]:
     """Return CIFAR-10 as (train, test): x (n, 3, 32, 32) float32 in 0 to 1, y (n,) int64.
 

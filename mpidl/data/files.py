@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from mpidl.errors import DataError
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     import os
@@ -49,6 +50,7 @@ class FileDataset:
     def __len__(self) -> int:
         return len(self.x)
 
+    @refuses
     def take(self, indices: Array) -> tuple[Array, Array]:
         """Return copies of the samples `indices` (n,), in the dtypes of the files."""
         return self.x[indices], self.y[indices]
@@ -80,6 +82,7 @@ class MappedRows:
         return {**self.__dict__, "_map": None}
 
 
+@refuses
 def npy(x_path: AnyPath, y_path: AnyPath) -> FileDataset:
     """Return the data set of two .npy files: inputs (n, ...) and targets (n, ...), as saved.
 
@@ -89,6 +92,7 @@ def npy(x_path: AnyPath, y_path: AnyPath) -> FileDataset:
     return paired(_npy_rows(x_path), str(x_path), _npy_rows(y_path), str(y_path))
 
 
+@refuses
 def npz(path: AnyPath, x: str = "x", y: str = "y") -> FileDataset:
     """Return the data set of two arrays in a .npz file: inputs `x` (n, ...), targets `y` (n, ...).
 

@@ -15,6 +15,7 @@ import numpy as np
 from mpidl.data.dataset import numbers_of
 from mpidl.data.files import check_rows, listed, paired, reading
 from mpidl.errors import DataError, MpidlError
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +62,7 @@ class Hdf5Rows:
         return self._opened[1]
 
 
+@refuses
 def hdf5(path: AnyPath, x: str = "x", y: str = "y") -> FileDataset:
     """Return the data set of two HDF5 data sets: inputs `x` (n, ...) and targets `y` (n, ...).
 

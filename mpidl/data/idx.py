@@ -12,6 +12,7 @@ import numpy as np
 from mpidl.data.dataset import ArrayDataset, ImageDataset
 from mpidl.data.files import listed, reading
 from mpidl.errors import DataError
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -22,6 +23,7 @@ DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E:
 GZIP_MAGIC = b"\x1f\x8b"
 
 
+@refuses
 def mnist(folder: AnyPath) -> tuple[ImageDataset, ImageDataset]:
     """Return MNIST as (train, test): x (n, 1, 28, 28) float32 in 0 to 1, y (n,) int64.
 
@@ -33,6 +35,7 @@ def mnist(folder: AnyPath) -> tuple[ImageDataset, ImageDataset]:
     return _part(Path(folder), "train"), _part(Path(folder), "t10k")
 
 
+@refuses
 def read_idx(path: AnyPath) -> Array:
     """Return the array in an IDX file, plain or gzip, in its own dtype and native byte order.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mpidl.array import to_device
 from mpidl.data.batches import batches
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import told, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,11 +131,10 @@ class Loader:
         self.close()
 
     def _pack(self) -> Parcel | None:
-        if self.workers < 0 or self.prefetch < 1:
-            raise InvalidArgument(
-                f"Loader: workers={self.workers}, prefetch={self.prefetch}: expected workers of 0 "
-                "or more and a prefetch of 1 or more"
-            )
+        whole("Loader: workers", self.workers)
+        whole("Loader: prefetch", self.prefetch, 1)
+        if not (self.transform is None or callable(self.transform)):
+            raise InvalidArgument(f"Loader: transform={told(self.transform)}: expected a function")
         if self.workers == 0:
             return None
         from mpidl.data.workers.parcel import pack

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpidl.data.dataset import ArrayDataset
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.refuse import refuses, whole
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -64,6 +65,7 @@ def wine(test_share: float = 0.2, seed: int = 0) -> tuple[ArrayDataset, ArrayDat
     return _split(x, y.astype(np.int64), test_share, seed)
 
 
+@refuses
 def check_share(name: str, test_share: float) -> None:
     """Raise InvalidArgument where `test_share` leaves nothing to train or nothing to test on."""
     if not 0 < test_share < 1:
@@ -91,7 +93,7 @@ def _load(name: str, test_share: float) -> tuple[Array, Array]:
 
 
 def _split(x: Array, y: Array, test_share: float, seed: int) -> tuple[ArrayDataset, ArrayDataset]:
-    order = np.random.default_rng(seed).permutation(len(x))
+    order = np.random.default_rng(whole("seed", seed)).permutation(len(x))
     x, y = x[order].astype(np.float32), y[order]
     cut = round(len(x) * test_share)
     return ArrayDataset(x[cut:], y[cut:]), ArrayDataset(x[:cut], y[:cut])

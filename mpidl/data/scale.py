@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from mpidl.array import namespace, to_numpy
+from mpidl.array import as_array, is_array, namespace, to_numpy
+from mpidl.data.dataset import length
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +36,15 @@ class Scaler(ABC):
     offset: Array
     scale: Array
 
+    def __post_init__(self) -> None:
+        for name in ("offset", "scale"):
+            values = getattr(self, name)
+            if not is_array(values) or values.dtype.kind not in "biuf":
+                raise InvalidArgument(f"{type(self).__name__}: {name} is no array of numbers")
+        if self.offset.shape != self.scale.shape:
+            shapes = f"{self.offset.shape} and {self.scale.shape}"
+            raise InvalidArgument(f"{type(self).__name__}: shapes {shapes}: expected the same")
+
     @classmethod
     @abstractmethod
     def fit(cls, dataset: Dataset, *, world: World | None) -> Scaler:
@@ -51,19 +62,22 @@ class Scaler(ABC):
         Raises InvalidArgument where the features have another shape than those of `fit`.
         """
         offset, scale = self._like(x)
-        return ((x - offset) / scale).astype(_floating(x), copy=False)
+        return ((as_array(x) - offset) / scale).astype(_floating(x), copy=False)
 
     def inverse(self, x: Array) -> Array:
         """Return what was scaled to x (n, ...), in the dtype of x. Raises as the call does."""
         offset, scale = self._like(x)
-        return (x * scale + offset).astype(_floating(x), copy=False)
+        return (as_array(x) * scale + offset).astype(_floating(x), copy=False)
 
     def apply(self, dataset: Dataset) -> ScaledDataset:
         """Return `dataset` with its inputs scaled as they are taken; use it for train and test."""
+        length(dataset, f"{type(self).__name__}.apply")
         return ScaledDataset(dataset, self)
 
     def _like(self, x: Array) -> tuple[Array, Array]:
-        if x.shape[1:] != self.offset.shape:
+        if not is_array(x) or x.dtype.kind not in "biuf":
+            raise InvalidArgument(f"{type(self).__name__}: expected numbers, found {told(x)}")
+        if x.ndim == 0 or x.shape[1:] != self.offset.shape:
             raise InvalidArgument(
                 f"{type(self).__name__}: features of shape {x.shape[1:]}: "
                 f"expected {self.offset.shape}, as in the data of fit"
@@ -152,7 +166,7 @@ def _moments(chunks: Iterator[Array], shift: Array) -> tuple[int, Array, Array]:
 def _first_sample(name: str, dataset: Dataset, world: World | None) -> Array:
     """Return the inputs (...) of sample 0, as rank 0 has it; makes sure that the ranks fit."""
     with _together(world):
-        if len(dataset) == 0:
+        if length(dataset, f"{name}.fit") == 0:
             raise InvalidArgument(f"{name}.fit: the data set is empty: expected samples")
         first = to_numpy(_read(name, dataset, 0, 1)[0])
     if world is None:

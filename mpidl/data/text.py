@@ -15,6 +15,7 @@ from mpidl.data.dataset import numbers_of
 from mpidl.data.files import reading
 from mpidl.data.samples import check_share
 from mpidl.errors import DataError, InvalidArgument
+from mpidl.refuse import refuses, told, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +32,14 @@ class Vocabulary:
 
     characters: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.characters, str):
+            raise InvalidArgument(f"Vocabulary({told(self.characters)}): expected characters")
+
     def __len__(self) -> int:
         return len(self.characters)
 
+    @refuses
     def encode(self, text: str) -> Array:
         """Return the ids (n,) int64 of the n characters of `text`.
 
@@ -49,9 +55,14 @@ class Vocabulary:
             )
         return ids.astype(np.int64)
 
+    @refuses
     def decode(self, ids: Array) -> str:
         """Return the text of the ids (n,). Raises InvalidArgument for one that stands for none."""
         ids = to_numpy(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise InvalidArgument(
+                f"decode: {ids.dtype} of shape {ids.shape}: expected integers (n,)"
+            )
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             raise InvalidArgument(
                 f"decode: ids from {ids.min()} to {ids.max()}: expected 0 to {len(self) - 1}"
@@ -71,6 +82,7 @@ class TextDataset:
     def __len__(self) -> int:
         return max(0, (len(self.ids) - 1 - self.length) // self.stride + 1)
 
+    @refuses
     def take(self, indices: Array) -> tuple[Array, Array]:
         """Return ids x (n, length) and those of the characters that follow each, y; both int64."""
         first = numbers_of(indices, len(self)) * self.stride
@@ -78,6 +90,7 @@ class TextDataset:
         return self.ids[places].astype(np.int64), self.ids[places + 1].astype(np.int64)
 
 
+@refuses
 def text(
     path: AnyPath, length: int, *, stride: int | None = None, test_share: float = 0.1
 ) -> tuple[TextDataset, TextDataset]:
@@ -90,10 +103,9 @@ def text(
     Raises DataError for a file that is missing or not UTF-8, and where a part is shorter than a
     window; InvalidArgument for other values that cannot be.
     """
-    stride = length if stride is None else stride
+    length = whole("text: length", length, 1)
+    stride = length if stride is None else whole("text: stride", stride, 1)
     check_share("text", test_share)
-    if length < 1 or stride < 1:
-        raise InvalidArgument(f"text: length={length}, stride={stride}: expected 1 or more")
     path = Path(path)
     seen, n = np.zeros(sys.maxunicode + 1, np.bool_), 0
     for codes in _blocks(path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mpidl import functional
 from mpidl.errors import InvalidArgument
 from mpidl.nn.module import Module
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -24,6 +25,7 @@ class ReLU(Module):
 class LeakyReLU(Module):
     """x above 0, slope x elsewhere (Maas et al. 2013)."""
 
+    @refuses
     def __init__(self, slope: float = 0.01) -> None:
         self.slope = slope
 
@@ -43,6 +45,7 @@ class GELU(Module):
     another word than "none" and "tanh".
     """
 
+    @refuses
     def __init__(self, approximate: str = "none") -> None:
         if approximate not in ("none", "tanh"):
             raise InvalidArgument(f"GELU({approximate!r}): expected 'none' or 'tanh'")
@@ -76,6 +79,7 @@ class Tanh(Module):
 class Softmax(Module):
     """exp(x) over its sum along `axis`."""
 
+    @refuses
     def __init__(self, axis: int = -1) -> None:
         self.axis = axis
 
@@ -91,6 +95,7 @@ class Softmax(Module):
 class Threshold(Module):
     """x above `threshold`, `value` elsewhere."""
 
+    @refuses
     def __init__(self, threshold: float, value: float) -> None:
         self.threshold, self.value = threshold, value
 

@@ -12,6 +12,7 @@ from mpidl.nn.dropout import Dropout, check_rate, draw_mask
 from mpidl.nn.linear import Linear, Sequential
 from mpidl.nn.module import Module
 from mpidl.nn.norm import LayerNorm
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +33,7 @@ class MultiHeadAttention(Module):
     outside 0 <= dropout < 1.
     """
 
+    @refuses
     def __init__(
         self,
         width: int,
@@ -55,6 +57,7 @@ class MultiHeadAttention(Module):
             if layer.bias is not None:
                 init.zeros(layer.bias)
 
+    @refuses
     def forward(
         self, x: Tensor | Array, mask: Array | None = None, *, other: Tensor | Array | None = None
     ) -> Tensor:
@@ -108,6 +111,7 @@ class TransformerBlock(Module):
     the probabilities of attention too. Raises InvalidArgument as its layers do.
     """
 
+    @refuses
     def __init__(
         self,
         width: int,

@@ -9,6 +9,7 @@ from mpidl.errors import InvalidArgument
 from mpidl.nn import init
 from mpidl.nn.linear import fresh
 from mpidl.nn.module import Module
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -29,6 +30,7 @@ class Conv2d(Module):
     sizes that cannot be, and for channels that `groups` does not divide.
     """
 
+    @refuses
     def __init__(
         self,
         inputs: int,
@@ -82,6 +84,7 @@ class MaxPool2d(Module):
     width. Raises InvalidArgument for sizes that cannot be, and for a padding beyond half the size.
     """
 
+    @refuses
     def __init__(self, size: Pair, stride: Pair | None = None, padding: Pair = 0) -> None:
         who = f"{type(self).__name__}({size})"
         self.size = pair(size, 1, f"{who}: size")

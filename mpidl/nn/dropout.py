@@ -12,12 +12,14 @@ from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 from mpidl.nn.module import Module
 from mpidl.nn.random import generator
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.autograd import Tensor
 
 
+@refuses
 def check_rate(p: float, who: str) -> None:
     """Raise InvalidArgument unless 0 <= p < 1."""
     if not 0 <= p < 1:
@@ -40,10 +42,12 @@ class Dropout(Module):
     passes to `nn.random.reseed`. Raises InvalidArgument unless 0 <= p < 1.
     """
 
+    @refuses
     def __init__(self, p: float = 0.5) -> None:
         check_rate(p, "Dropout")
         self.p = p
 
+    @refuses
     def forward(self, x: Tensor | Array) -> Any:
         """Return the output, shaped like `x`."""
         if not self.training or self.p == 0:

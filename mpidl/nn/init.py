@@ -17,6 +17,7 @@ from mpidl.array import Array, namespace
 from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 from mpidl.nn.random import weights
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.autograd import Tensor
@@ -24,26 +25,31 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="Tensor | Array")
 
 
+@refuses
 def zeros(weight: T) -> T:
     """Fill with zeros."""
     return _fill(weight, np.zeros(weight.shape))
 
 
+@refuses
 def ones(weight: T) -> T:
     """Fill with ones."""
     return _fill(weight, np.ones(weight.shape))
 
 
+@refuses
 def normal(weight: T, mean: float = 0.0, std: float = 1.0) -> T:
     """Fill from the normal distribution."""
-    return _fill(weight, weights().normal(mean, std, weight.shape))
+    return _fill(weight, weights().normal(float(mean), float(std), weight.shape))
 
 
+@refuses
 def uniform(weight: T, low: float = 0.0, high: float = 1.0) -> T:
     """Fill from the uniform distribution on low..high."""
-    return _fill(weight, weights().uniform(low, high, weight.shape))
+    return _fill(weight, weights().uniform(float(low), float(high), weight.shape))
 
 
+@refuses
 def lecun_uniform(weight: T, fan_in: int) -> T:
     """Fill uniformly in +-1/sqrt(fan_in) (LeCun et al. 1998, "Efficient BackProp", section 4.6).
 
@@ -53,6 +59,7 @@ def lecun_uniform(weight: T, fan_in: int) -> T:
     return uniform(weight, -bound, bound)
 
 
+@refuses
 def xavier_normal(weight: T, gain: float = 1.0) -> T:
     """Fill from the normal distribution of variance gain^2 2 / (fan_in + fan_out).
 
@@ -62,12 +69,14 @@ def xavier_normal(weight: T, gain: float = 1.0) -> T:
     return normal(weight, 0.0, gain * math.sqrt(2 / sum(fans(weight.shape))))
 
 
+@refuses
 def xavier_uniform(weight: T, gain: float = 1.0) -> T:
     """Fill uniformly in +-gain sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)."""
     bound = gain * math.sqrt(6 / sum(fans(weight.shape)))
     return uniform(weight, -bound, bound)
 
 
+@refuses
 def he_normal(weight: T, mode: str = "fan_in", slope: float = 0.0) -> T:
     """Fill from the normal distribution of variance 2 / (1 + slope^2) / fan.
 
@@ -78,12 +87,14 @@ def he_normal(weight: T, mode: str = "fan_in", slope: float = 0.0) -> T:
     return normal(weight, 0.0, _he(weight.shape, mode, slope))
 
 
+@refuses
 def he_uniform(weight: T, mode: str = "fan_in", slope: float = 0.0) -> T:
     """Fill uniformly, with the variance of `he_normal`."""
     bound = math.sqrt(3) * _he(weight.shape, mode, slope)
     return uniform(weight, -bound, bound)
 
 
+@refuses
 def orthogonal(weight: T, gain: float = 1.0) -> T:
     """Fill with gain times a random matrix (first axis, all others) of orthonormal rows.
 
@@ -99,6 +110,7 @@ def orthogonal(weight: T, gain: float = 1.0) -> T:
     return _fill(weight, gain * (q if rows >= columns else q.T).reshape(weight.shape))
 
 
+@refuses
 def fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return fan_in and fan_out of a weight (outputs, inputs, *kernel)."""
     if len(shape) < 2:

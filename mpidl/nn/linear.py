@@ -11,6 +11,7 @@ from mpidl import functional
 from mpidl.errors import InvalidArgument
 from mpidl.nn import init
 from mpidl.nn.module import Module, Parameter
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Linear(Module):
     Starts uniform in +-1/sqrt(inputs); raises InvalidArgument for sizes below 1.
     """
 
+    @refuses
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
         if inputs < 1 or outputs < 1:
             raise InvalidArgument(f"Linear({inputs}, {outputs}): expected two positive sizes")
@@ -52,6 +54,7 @@ class Embedding(Module):
     Starts from the normal distribution; raises InvalidArgument for sizes below 1.
     """
 
+    @refuses
     def __init__(self, count: int, width: int) -> None:
         if count < 1 or width < 1:
             raise InvalidArgument(f"Embedding({count}, {width}): expected two positive sizes")
@@ -69,6 +72,7 @@ class Embedding(Module):
 class Flatten(Module):
     """(n, ...) to (n, product of the others)."""
 
+    @refuses
     def forward(self, x: Tensor | Array) -> Tensor:
         """Return the same elements, one row a sample."""
         return functional.reshape(x, (len(x), math.prod(x.shape[1:])))
@@ -77,6 +81,7 @@ class Flatten(Module):
 class Sequential(Module):
     """Modules one after the other; parameters are named "0.weight", "0.bias", "2.weight", ..."""
 
+    @refuses
     def __init__(self, *layers: Module) -> None:
         self.layers = layers
 

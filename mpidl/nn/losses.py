@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.errors import InvalidArgument
 from mpidl.functional import binary_cross_entropy, cross_entropy, kl, l1, mse
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -22,11 +23,13 @@ __all__ = [
 ]
 
 
+@refuses
 def accuracy(logits: Tensor, labels: Array) -> float:
     """Return the share of n samples whose largest logit (n, classes) is labels (n,); 0 if n = 0."""
     return float((logits.data.argmax(axis=1) == labels).sum()) / max(1, len(labels))
 
 
+@refuses
 def binary_accuracy(logits: Tensor, target: Array) -> float:
     """Return the share of targets (n, ...), each 0 or 1, that are 1 just where a logit is above 0.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mpidl.array import to_device
 from mpidl.autograd import Tensor
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -157,6 +158,7 @@ class Module:
         """
         return self._convert(lambda data: to_device(data, device))
 
+    @refuses
     def astype(self: M, dtype: Any) -> M:
         """Convert parameters and buffers to a floating dtype, and return the module.
 
@@ -178,6 +180,7 @@ class Module:
         """Return NumPy copies of all parameters and buffers, by dotted name."""
         return {name: np.array(t.numpy()) for name, t in self.named_state().items()}
 
+    @refuses
     def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
         """Copy `state` into the parameters and buffers, in place and in their own dtype.
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpidl import functional, world
-from mpidl.array import is_device, namespace, to_numpy
+from mpidl.array import as_array, is_device, namespace, to_numpy
 from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
 from mpidl.nn import init
 from mpidl.nn.linear import fresh
 from mpidl.nn.module import Buffer, Module
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +46,7 @@ class BatchNorm1d(Module):
 
     axes: tuple[int, ...] = (2, 3)  #: how many an input may have
 
+    @refuses
     def __init__(
         self, width: int, eps: float = 1e-5, momentum: float = 0.1, *, sync: bool = False
     ) -> None:
@@ -58,6 +60,7 @@ class BatchNorm1d(Module):
         self.running_mean = Buffer(np.zeros(width, np.float32))
         self.running_var = Buffer(np.ones(width, np.float32))
 
+    @refuses
     def forward(self, x: Tensor | Array) -> Tensor:
         """Return the output, shaped like `x`. Collective in training with `sync`."""
         width = self.weight.size
@@ -72,7 +75,7 @@ class BatchNorm1d(Module):
                 x, self.weight, self.bias, mean=mean, var=var, eps=self.eps
             )
         total = _total_over_ranks if self.sync and world.current().size > 1 else None
-        count, mean, var = moments(array_of(x), total)
+        count, mean, var = moments(as_array(array_of(x)), total)
         if count > 1:
             self._move(self.running_mean, mean)
             self._move(self.running_var, var * (count / (count - 1)))
@@ -110,6 +113,7 @@ class LayerNorm(Module):
     Raises InvalidArgument for a size below 1 or a negative eps.
     """
 
+    @refuses
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         if width < 1 or eps < 0:
             raise InvalidArgument(f"LayerNorm({width}, {eps=}): expected a positive size, eps >= 0")

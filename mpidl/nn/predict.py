@@ -11,6 +11,7 @@ from mpidl.array import is_array, is_device, to_device, to_numpy
 from mpidl.autograd import no_grad
 from mpidl.autograd.tensor import array_of
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,14 +41,20 @@ def evaluating(module: Module) -> Iterator[None]:
 
 def predict(module: Module, x: Inputs, batch_size: int) -> Array:
     """Return the outputs for all samples. See `Module.predict`."""
-    if batch_size < 1:
-        raise InvalidArgument(f"batch_size={batch_size}: expected 1 or more")
+    starts = _starts(x, batch_size)
     outputs = []
     with evaluating(module):
-        for start in range(0, max(1, len(x)), batch_size):  # of no samples, one empty batch
-            output: Any = module(like(module, _take(x, start, min(start + batch_size, len(x)))))
+        for start in starts:
+            output: Any = module(_inputs(module, x, start, min(start + batch_size, len(x))))
             outputs.append(to_numpy(array_of(output)))
     return np.concatenate(outputs)
+
+
+@refuses
+def _starts(x: Any, batch_size: int) -> range:
+    if batch_size < 1:
+        raise InvalidArgument(f"batch_size={batch_size}: expected 1 or more")
+    return range(0, max(1, len(x)), batch_size)  # of no samples, one empty batch
 
 
 def like(module: Module, x: Array) -> Array:
@@ -60,8 +67,13 @@ def like(module: Module, x: Array) -> Array:
     return to_device(x, "cuda" if is_device(state.data) else "cpu")
 
 
-def _take(x: Any, start: int, stop: int) -> Array:
+def _inputs(module: Module, x: Any, start: int, stop: int) -> Array:
     x = array_of(x)
-    if is_array(x) or not hasattr(x, "take"):
-        return x[start:stop] if is_array(x) else np.asarray(x[start:stop])
-    return x.take(np.arange(start, stop))[0]
+    if hasattr(x, "take") and not is_array(x):
+        return like(module, x.take(np.arange(start, stop))[0])
+    return _of_array(module, x, start, stop)
+
+
+@refuses
+def _of_array(module: Module, x: Any, start: int, stop: int) -> Array:
+    return like(module, x[start:stop] if is_array(x) else np.asarray(x[start:stop]))

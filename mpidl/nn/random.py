@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses, told
 
 NOISE = 1  # stands before the key, so that noise is not the weights' numbers over again
 
@@ -75,6 +77,7 @@ def get_state() -> dict[str, Any]:
     }
 
 
+@refuses
 def set_state(state: dict[str, Any]) -> None:
     """Go on from where `get_state` said. Raises as `check_state`, before anything is changed."""
     global _seed, _key, _weights
@@ -107,5 +110,5 @@ def check_state(state: Any) -> list[np.random.Generator | None]:
 
 
 def _check(*key: int) -> None:
-    if any(number < 0 for number in key):
-        raise InvalidArgument(f"seed {', '.join(map(str, key))}: expected numbers of 0 or more")
+    if any(type(n) is bool or not isinstance(n, Integral) or n < 0 for n in key):
+        raise InvalidArgument(f"seed {', '.join(map(told, key))}: expected numbers of 0 or more")

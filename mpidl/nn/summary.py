@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl.autograd import Record, trace
+from mpidl.autograd.tensor import array_of
 from mpidl.nn.flops import flops
 from mpidl.nn.module import Parameter
 from mpidl.nn.predict import evaluating, like
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -67,7 +69,7 @@ class Summary:
 
 def summarize(model: Module, example: Array | tuple[int, ...]) -> Summary:
     """Run `model` once on `example`, an input or its shape. See `Module.summary`."""
-    x = np.zeros(example, np.float32) if isinstance(example, tuple) else example
+    x = _input(model, example)
     names = {id(module): name for name, module in model.named_modules().items()}
     rows: list[Row] = []
     called: list[Row] = []  # from the model down to where we are
@@ -102,7 +104,7 @@ def summarize(model: Module, example: Array | tuple[int, ...]) -> Summary:
         for module in model.modules():
             removers += [module.on_forward(enter), module.on_output(leave)]
         try:
-            model(like(model, x))
+            model(x)
         finally:
             for remove in removers:
                 remove()
@@ -113,3 +115,9 @@ def summarize(model: Module, example: Array | tuple[int, ...]) -> Summary:
     return Summary(
         rows, x.shape, sum(row.parameters for row in rows), sum(row.flops for row in rows)
     )
+
+
+@refuses
+def _input(model: Module, example: Array | tuple[int, ...]) -> Array:
+    x = np.zeros(example, np.float32) if isinstance(example, tuple) else array_of(example)
+    return like(model, x)

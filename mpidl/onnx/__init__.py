@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mpidl.errors import MpidlError
+from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     import os
@@ -39,6 +40,11 @@ def export_onnx(
         import onnx  # noqa: F401
     except ImportError as error:
         raise MpidlError("export_onnx needs onnx: pip install 'mpidl[onnx]'") from error
+    from mpidl.nn import Module
     from mpidl.onnx.export import export
 
+    if not isinstance(model, Module):
+        raise InvalidArgument(f"export_onnx: expected a model, an nn.Module, found {told(model)}")
+    if dynamic_batch is not True and dynamic_batch is not False:
+        raise InvalidArgument(f"dynamic_batch={told(dynamic_batch)}: expected True or False")
     export(model, path, example, dynamic_batch)

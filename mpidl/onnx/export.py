@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from mpidl.errors import InvalidArgument
 from mpidl.onnx.converters import CONVERTERS
 from mpidl.onnx.graph import Graph
 from mpidl.onnx.runs import lengths, run
-from mpidl.weights import replacing
+from mpidl.weights import path_of, replacing
 
 if TYPE_CHECKING:
     import os
@@ -27,6 +26,7 @@ LARGEST_BYTES = 2**31 - 1  # of a Protocol Buffers message
 
 def export(model: Module, path: str | os.PathLike[str], example: Any, dynamic_batch: bool) -> None:
     """See `mpidl.onnx.export_onnx`."""
+    path = path_of(path)
     examples = example if isinstance(example, tuple) else (example,)
     runs = run(model, examples, dynamic_batch)
     inputs = _names("input", len(runs.inputs), isinstance(example, tuple))
@@ -38,7 +38,7 @@ def export(model: Module, path: str | os.PathLike[str], example: Any, dynamic_ba
     proto = _model(type(model).__name__, graph, runs, inputs, outputs)
     onnx.checker.check_model(proto, full_check=True)
     try:
-        with replacing(Path(path)) as unfinished:
+        with replacing(path) as unfinished:
             unfinished.write_bytes(proto.SerializeToString())
     except OSError as error:
         raise InvalidArgument(f"export_onnx: cannot write {path}: {error}") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.array import namespace
 from mpidl.optim.base import check, check_eps, rate, zeros
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array, Averages
@@ -28,6 +29,7 @@ class Adagrad:
     initial: float = 0.0
     eps: float = 1e-10
 
+    @refuses
     def __post_init__(self) -> None:
         infinite = (0, math.inf)
         check(self, lr=infinite, lr_decay=infinite, weight_decay=(0, 1), initial=infinite)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.array import namespace
 from mpidl.optim.base import check, check_eps, rate, zeros
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
+    @refuses
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), betas=(0, 1), weight_decay=(0, 1))
         check_eps(self, self.eps)
@@ -67,6 +69,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 1e-2
 
+    @refuses
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), betas=(0, 1), weight_decay=(0, 1))
         check_eps(self, self.eps)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpidl.array import GRAIN, namespace, to_numpy
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -125,6 +126,7 @@ def rate(optimizer: object, lr: Rate, step: int) -> float:
     return value
 
 
+@refuses
 def check(optimizer: object, **ranges: tuple[float, float]) -> None:
     """Raise InvalidArgument unless low <= value < high for the attributes named; also for NaN.
 
@@ -139,6 +141,7 @@ def check(optimizer: object, **ranges: tuple[float, float]) -> None:
                 )
 
 
+@refuses
 def check_eps(optimizer: object, eps: float) -> None:
     """Raise InvalidArgument unless eps > 0: without a gradient, only eps is left to divide by."""
     if not 0 < eps < math.inf:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpidl.array import namespace
 from mpidl.errors import InvalidArgument
 from mpidl.optim.base import square_sums
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -24,6 +25,7 @@ class Clip:
     value: float | None = None
     norm: float | None = None
 
+    @refuses
     def __post_init__(self) -> None:
         for name, bound in (("clip_value", self.value), ("clip_norm", self.norm)):
             if bound is not None and not 0 < bound < math.inf:

@@ -28,7 +28,7 @@ def assign(
     """
     patterns = optimizer if isinstance(optimizer, Mapping) else {"*": optimizer}
     for pattern, made in patterns.items():
-        if isinstance(made, type) or not hasattr(made, "update"):
+        if isinstance(made, type) or not (hasattr(made, "update") and hasattr(made, "init")):
             raise InvalidArgument(
                 f"optimizer for {pattern!r}: expected one such as SGD(lr=0.1), found {made!r}"
             )

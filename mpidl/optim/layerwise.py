@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpidl.array import blocks
 from mpidl.optim.adam import directions
 from mpidl.optim.base import check, check_eps, rate, zeros
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array, Averages
@@ -29,6 +30,7 @@ class LARS:
     weight_decay: float = 0.0
     trust: float = 1e-3
 
+    @refuses
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, 1), trust=(0, math.inf))
 
@@ -83,6 +85,7 @@ class LAMB:
     eps: float = 1e-6
     weight_decay: float = 1e-2
 
+    @refuses
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), betas=(0, 1), weight_decay=(0, 1))
         check_eps(self, self.eps)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.array import namespace
 from mpidl.optim.base import check, check_eps, rate, zeros
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array, Averages
@@ -30,6 +31,7 @@ class RMSprop:
     momentum: float = 0.0
     centered: bool = False
 
+    @refuses
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), alpha=(0, 1), weight_decay=(0, 1), momentum=(0, 1))
         check_eps(self, self.eps)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.optim.base import Rate
@@ -23,9 +24,11 @@ class constant:
 
     lr: float
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, lr=self.lr)
 
+    @refuses
     def __call__(self, _step: int) -> float:
         """Return the rate."""
         return self.lr
@@ -39,9 +42,11 @@ class inverse:
     decay: float
     power: float = 1.0
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, lr=self.lr, decay=self.decay, power=self.power)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         return self.lr / (1 + self.decay * step) ** self.power
@@ -55,11 +60,13 @@ class exponential:
     decay: float
     steps: int = 1
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, lr=self.lr)
         _fraction(self, decay=self.decay)
         _counts(self, steps=self.steps)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         return float(self.lr * self.decay ** (step / self.steps))
@@ -74,10 +81,12 @@ class polynomial:
     end: float = 0.0
     power: float = 1.0
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, lr=self.lr, end=self.end, power=self.power)
         _counts(self, steps=self.steps)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         if step >= self.steps:
@@ -94,11 +103,13 @@ class multi_step:
     at: tuple[int, ...]
     factor: float = 0.1
 
+    @refuses
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", tuple(self.at))
         _rates(self, lr=self.lr, factor=self.factor)
         _rising(self, self.at)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         return float(self.lr * self.factor ** _reached(self.at, step))
@@ -115,10 +126,12 @@ class cosine:
     steps: int
     end: float = 0.0
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, lr=self.lr, end=self.end)
         _counts(self, steps=self.steps)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         turn = math.pi * min(step / self.steps, 1)
@@ -136,10 +149,12 @@ class triangular:
     high: float
     half: int
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, low=self.low, high=self.high)
         _counts(self, half=self.half)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         return self.low + (self.high - self.low) * _triangle(step, self.half)
@@ -153,10 +168,12 @@ class triangular2:
     high: float
     half: int
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, low=self.low, high=self.high)
         _counts(self, half=self.half)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         height = (self.high - self.low) * 0.5 ** (step // (2 * self.half))
@@ -172,11 +189,13 @@ class exp_range:
     half: int
     decay: float
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, low=self.low, high=self.high)
         _counts(self, half=self.half)
         _fraction(self, decay=self.decay)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         height = (self.high - self.low) * self.decay**step
@@ -194,10 +213,12 @@ class warm_up:
     steps: int
     start: float = 0.0
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, start=self.start, **_number(self.schedule))
         _counts(self, steps=self.steps)
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         if step >= self.steps:
@@ -212,14 +233,17 @@ class scaled:
     schedule: Rate
     factor: float
 
+    @refuses
     def __post_init__(self) -> None:
         _rates(self, factor=self.factor, **_number(self.schedule))
 
+    @refuses
     def __call__(self, step: int) -> float:
         """Return the rate at `step`."""
         return self.factor * _at(self.schedule, step)
 
 
+@refuses
 def linear_scaling(lr: Rate, *, ranks: int, warm_up_steps: int = 0) -> Rate:
     """Return ranks x lr: the rate for a global batch `ranks` times that which `lr` was found with.
 
@@ -249,6 +273,7 @@ class growing_batch:
     factor: float = 5.0
     limit: int | None = None
 
+    @refuses
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", tuple(self.at))
         _counts(self, size=self.size, **({} if self.limit is None else {"limit": self.limit}))
@@ -256,6 +281,7 @@ class growing_batch:
         if not 1 <= self.factor < math.inf:
             raise InvalidArgument(f"{self}: expected 1 <= factor < inf")
 
+    @refuses
     def __call__(self, epoch: int) -> int:
         """Return the global batch's number of samples in `epoch`."""
         size = round(self.size * self.factor ** _reached(self.at, epoch))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpidl.array import namespace
 from mpidl.errors import InvalidArgument
 from mpidl.optim.base import check, rate, zeros
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from mpidl.array import Array, Averages
@@ -28,6 +29,7 @@ class SGD:
     weight_decay: float = 0.0
     nesterov: bool = False
 
+    @refuses
     def __post_init__(self) -> None:
         check(self, lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, 1))
         if self.nesterov and not self.momentum:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mpidl.refuse import refuses
+
 
 @dataclass(frozen=True)
 class Link:
@@ -40,6 +42,7 @@ class Cost:
     exchanged: tuple[tuple[float, float], ...] = ()  #: (messages, bytes of each) with one partner
     wire: float = 0.0  #: bytes, in the busier direction
 
+    @refuses
     def seconds(self, link: Link, gamma: float) -> float:
         """Return messages alpha + bytes beta + added gamma, and what stalls.
 

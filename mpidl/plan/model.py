@@ -14,6 +14,7 @@ from mpidl.errors import InvalidArgument
 from mpidl.exchange import PIECE_BYTES
 from mpidl.overlap import GROUP_BYTES
 from mpidl.plan import collectives, formulas
+from mpidl.refuse import refuses
 from mpidl.strategies import TAKE_CODECS, Ring
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Job:
     codec: str | None = None
     side: int = MATRIX_SIDE  #: of the square matrices that the gradient consists of, for PowerSGD
 
+    @refuses
     def encoded(self) -> float:
         """Return the bytes that travel for each byte of the gradient."""
         codec = codecs.make(self.codec)
@@ -49,6 +51,7 @@ class Job:
         piece = PIECE_BYTES // self.itemsize
         return codec.nbytes(piece) / piece / self.itemsize
 
+    @refuses
     def codec_seconds(self, constants: Constants, encoded: float, decoded: float) -> float:
         """Return what it takes a core to encode, and to decode, so many bytes of gradient."""
         if self.codec is None:
@@ -150,6 +153,7 @@ MODELS: dict[str, Model] = {
 }
 
 
+@refuses
 def times(strategy: str, job: Job, topology: Topology, constants: Constants) -> Times:
     """Return what averaging `job` takes, bucket by bucket, one after the other.
 
@@ -182,6 +186,7 @@ def _feeds_back(codec: str | None) -> bool:
     return isinstance(made, PowerSGD) or (made is not None and made.feedback)
 
 
+@refuses
 def predict(
     strategy: str,
     codec: str | None,
@@ -199,6 +204,7 @@ def predict(
     return found.reduce + found.share
 
 
+@refuses
 def step(compute: float, nbytes: float, found: Times) -> tuple[float, float]:
     """Return the seconds of a step without overlap, and with it.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mpidl.errors import InvalidArgument
 from mpidl.plan.formulas import Link
+from mpidl.refuse import refuses
 
 ALGORITHMS = ("textbook", "openmpi")  # of MPI's collectives
 #: TCP's share of a full frame on Ethernet: 1448 of 1514 bytes; preamble and gap not counted.
@@ -34,6 +35,7 @@ class Topology:
     ranks: int
     ranks_per_node: int = 1
 
+    @refuses
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.ranks_per_node < 1:
             raise InvalidArgument(f"{self}: expected 1 or more of both")
@@ -69,6 +71,7 @@ class Constants:
     #: Of each codec: seconds to encode, and to decode, a number.
     codecs: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(CODEC_SECONDS))
 
+    @refuses
     def __post_init__(self) -> None:
         rates = self.wire.rate, self.memory_rate, self.local.rate if self.local else 1
         if not (min(rates) > 0 and min(self.wire.latency, self.add_seconds) >= 0):
@@ -77,6 +80,7 @@ class Constants:
             known = ", ".join(ALGORITHMS)
             raise InvalidArgument(f"algorithms {self.algorithms!r}: expected one of {known}")
 
+    @refuses
     def between_ranks(self, topology: Topology) -> Link:
         """Return the link between ranks of a node."""
         if self.local is not None:

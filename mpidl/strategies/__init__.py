@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl import codecs, shared
 from mpidl.errors import InvalidArgument, NoSharedMemory, UnknownStrategy
+from mpidl.refuse import told, whole
 from mpidl.strategies import auto
 from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
@@ -107,6 +108,11 @@ def make(
             raise UnknownStrategy(f"unknown strategy {strategy!r}; known are: {known}")
         if isinstance(strategy, type):
             raise InvalidArgument(f"strategy: expected a name or {strategy.__name__}(world, ...)")
+        if not isinstance(strategy, str) and not hasattr(strategy, "allocate"):
+            raise InvalidArgument(
+                f"strategy: expected a name or a strategy, found {told(strategy)}"
+            )
+        whole("strategy: size", size)
         coded = codecs.make(codec)
         if coded is not None and strategy not in (*TAKE_CODECS, "auto"):
             raise InvalidArgument(

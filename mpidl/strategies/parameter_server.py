@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
+from mpidl.refuse import whole as check_whole
 from mpidl.staging import Staging
 from mpidl.strategies.base import in_turn, private, publish_in_turn
 
@@ -35,15 +37,17 @@ class ParameterServer:
 
     shared: ClassVar[bool] = False
 
+    @refuses
     def __init__(
         self, world: World, servers: int = 1, asynchronous: bool = False, staleness: int = 4
     ) -> None:
-        if not 1 <= servers <= world.size:
+        if check_whole("servers", servers, 1) > world.size:
             raise InvalidArgument(
                 f"servers={servers}: expected 1 to {world.size}, the number of ranks"
             )
-        if staleness != int(staleness) or staleness < 0:
-            raise InvalidArgument(f"{staleness=}: expected a whole number of steps, 0 or more")
+        check_whole("staleness", staleness)
+        if asynchronous not in (True, False):
+            raise InvalidArgument(f"{asynchronous=}: expected True or False")
         if asynchronous and not world.threads:
             raise InvalidArgument(
                 "asynchronous=True needs MPI_THREAD_MULTIPLE, and MPI was started without it: let "

@@ -9,6 +9,7 @@ import numpy as np
 from mpidl import codecs
 from mpidl.array import namespace, synchronize
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import whole
 from mpidl.staging import Staging
 from mpidl.strategies.base import in_turn, private, publish_in_turn
 
@@ -41,8 +42,7 @@ class Ring:
     shared: ClassVar[bool] = False
 
     def __init__(self, world: World, chunk_bytes: int = 1 << 20, codec: codecs.Spec = None) -> None:
-        if chunk_bytes < 64:
-            raise InvalidArgument(f"chunk_bytes={chunk_bytes}: expected 64 or more")
+        whole("chunk_bytes", chunk_bytes, 64)
         coded = codecs.make(codec)
         if isinstance(coded, codecs.PowerSGD) or (coded is not None and coded.feedback):
             raise InvalidArgument(

@@ -14,6 +14,7 @@ import numpy as np
 
 from mpidl.array import namespace
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,7 @@ class Kill:
     moment: Moment = "before"
     once: ClassVar[bool] = True
 
+    @refuses
     def __post_init__(self) -> None:
         check(self)
 
@@ -95,6 +97,7 @@ class Stop:
     moment: Moment = "before"
     once: ClassVar[bool] = True
 
+    @refuses
     def __post_init__(self) -> None:
         check(self)
         check_seconds(self, self.seconds)
@@ -136,6 +139,7 @@ class Slow:
     moment: ClassVar[Moment] = "before"
     once: ClassVar[bool] = False
 
+    @refuses
     def __post_init__(self) -> None:
         check(self)
         check_seconds(self, self.seconds)
@@ -158,6 +162,7 @@ class Raise:
     moment: Moment = "before"
     once: ClassVar[bool] = True
 
+    @refuses
     def __post_init__(self) -> None:
         check(self)
 
@@ -177,6 +182,7 @@ class Hang:
     moment: Moment = "before"
     once: ClassVar[bool] = True
 
+    @refuses
     def __post_init__(self) -> None:
         check(self)
         check_seconds(self, self.seconds)
@@ -200,6 +206,7 @@ class Corrupt:
     moment: Moment = "before"
     once: ClassVar[bool] = True
 
+    @refuses
     def __post_init__(self) -> None:
         check(self)
         if self.what not in ("gradient", "parameter"):

@@ -8,15 +8,18 @@ import time
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl.errors import InvalidArgument
 from mpidl.parallel import DataParallel
+from mpidl.refuse import refuses, told, whole
+from mpidl.weights import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from mpidl.testing.faults import Fault
     from mpidl.trainer import Trainer
@@ -44,7 +47,13 @@ def inject(
 
     Raises whatever a `Raise` asks for, from `DataParallel.step`.
     """
-    injector = _Injector(faults, seed, None if record is None else Path(record))
+    whole("inject: seed", seed)
+    for fault in faults:
+        if not hasattr(fault, "act"):
+            raise InvalidArgument(
+                f"inject: expected faults, such as Kill(step=3), found {told(fault)}"
+            )
+    injector = _Injector(faults, seed, _folder(record))
     if target is not None and not injector.mine(target):
         yield
         return
@@ -65,6 +74,11 @@ def inject(
         undo.callback(injector.close)
         _replace(undo, kind, "step", step)
         yield
+
+
+@refuses
+def _folder(record: str | Path | None) -> Path | None:
+    return None if record is None else path_of(record)
 
 
 @dataclass

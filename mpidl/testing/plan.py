@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl import config
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import WRONG, told
 from mpidl.testing.faults import Corrupt, Hang, Kill, Raise, Slow, Stop
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def parse(text: str) -> Plan:
     """
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"faults: no JSON ({error}): {text}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"faults: no JSON ({error}): {told(text)}") from error
     if not isinstance(found, dict) or not isinstance(found.get("faults"), list):
         raise InvalidArgument(f'faults: expected {{"faults": [...]}}: {text}')
     if unknown := set(found) - {"faults", "seed", "record"}:
@@ -67,6 +68,6 @@ def _fault(found: Any) -> Fault:
         arguments["step"] = tuple(arguments["step"])
     try:
         made: Fault = kind(**arguments)
-    except TypeError as error:
+    except WRONG as error:
         raise InvalidArgument(f"faults: {found}: {error}") from error
     return made

@@ -115,10 +115,10 @@ def test_samples_are_copies() -> None:
     ("options", "error", "message"),
     [
         ({"batch_size": 11}, BatchTooLarge, r"batch_size=11 is larger than .* of 10 samples"),
-        ({"batch_size": 0}, InvalidArgument, "batch_size=0: expected 1 or more"),
-        ({"batch_size": -3}, InvalidArgument, "batch_size=-3: expected 1 or more"),
-        ({"seed": -1}, InvalidArgument, "seed=-1, epoch=0: expected 0 or more"),
-        ({"epoch": -1}, InvalidArgument, "seed=0, epoch=-1: expected 0 or more"),
+        ({"batch_size": 0}, InvalidArgument, "batch_size=0: expected a whole number from 1 on"),
+        ({"batch_size": -3}, InvalidArgument, "batch_size=-3: expected a whole number from 1 on"),
+        ({"seed": -1}, InvalidArgument, "seed=-1: expected a whole number from 0 on"),
+        ({"epoch": -1}, InvalidArgument, "epoch=-1: expected a whole number from 0 on"),
         ({"device": "tpu"}, InvalidArgument, "device 'tpu'"),
     ],
 )

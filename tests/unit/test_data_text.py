@@ -144,9 +144,9 @@ def test_texts_that_cannot_be(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 0}, "text: length=0, stride=0: expected 1 or more"),
-        ({"length": 3, "stride": 0}, "text: length=3, stride=0: expected 1 or more"),
-        ({"length": 3, "stride": -1}, "text: length=3, stride=-1: expected 1 or more"),
+        ({"length": 0}, "text: length=0: expected a whole number from 1 on"),
+        ({"length": 3, "stride": 0}, "text: stride=0: expected a whole number from 1 on"),
+        ({"length": 3, "stride": -1}, "text: stride=-1: expected a whole number from 1 on"),
         ({"length": 3, "test_share": 0}, "text: test_share=0: expected more than 0, less than 1"),
         ({"length": 3, "test_share": 1.0}, "text: test_share=1.0: expected more than 0"),
     ],

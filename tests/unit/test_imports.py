@@ -23,6 +23,7 @@ LEVELS = {
     "config": 0,
     "errors": 0,
     "exact": 0,
+    "refuse": 0,
     "abort": 1,
     "autograd": 1,
     "hang": 1,

@@ -126,7 +126,7 @@ class Kernel:
             hidden = later if hidden is None else hidden | later
         if hidden is not None:
             hidden = xp.broadcast_to(hidden, (*q.shape[:-1], m)).swapaxes(-1, -2)
-        factor = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+        factor = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
         return cls(xp, factor, hidden)
 
     def forward(self, q: Array, k: Array, v: Array, drop: Array | None, y: Array) -> Array:

@@ -24,6 +24,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float) -> Result:
     width = weight.shape[0]
     if x.ndim == 0 or shape[-1] != width or bias.shape != (width,):
         raise ValueError(f"expected x (..., {width}) and a bias ({width},)")
+    eps = float(eps)
     mean_of = xp.full(width, 1 / width, x.dtype)
     rows = x.reshape(-1, width)
     normal = rows - (rows @ mean_of)[:, None]
@@ -73,6 +74,9 @@ def batch_norm(
     """
     if x.ndim < 2 or any(a.shape != (x.shape[1],) for a in (weight, bias, mean, var)):
         raise ValueError(f"expected x (n, channels, ...), the rest {weight.shape}")
+    eps, count = float(eps), None if count is None else float(count)
+    if not (total is None or callable(total)):
+        raise TypeError(f"total={total!r}: expected a function")
     xp, channels, dtype = namespace(x), x.shape[1], x.dtype
     rows, shape = rows_of(x), (x.shape[0], *x.shape[2:], channels)
     mean = mean.astype(dtype)

@@ -103,8 +103,16 @@ def to_numpy(value: Any) -> Array:
 
 
 def as_array(value: Any) -> Array:
-    """Return an array as it is (but for a subclass), and a number as an array of no axes."""
-    return value if is_device(value) else np.asarray(value)
+    """Return an array as it is, as `plain` does, and a number as an array of no axes."""
+    return plain(value) if is_array(value) else np.asarray(value)
+
+
+def plain(value: Any) -> Any:
+    """Return an array as it is, but np.matrix and masked ones, whose products are others, as plain.
+
+    Other subclasses stay: `export_onnx` follows values by one.
+    """
+    return np.asarray(value) if isinstance(value, np.matrix) or hasattr(value, "mask") else value
 
 
 def synchronize(value: Array) -> None:

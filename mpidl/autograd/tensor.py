@@ -262,8 +262,8 @@ def apply(name: str, *inputs: Any, **options: Any) -> Tensor:
         elif x.__class__ is not ndarray:
             if isinstance(x, generic):  # it would widen float32 arrays; a Python number does not
                 values[i] = x.item()
-            elif isinstance(x, ndarray):  # a product of np.matrix is another one
-                values[i] = np.asarray(x)
+            elif isinstance(x, ndarray):
+                values[i] = array.plain(x)
     try:
         value, adjoints, push = OPS[name](*values, **options)
     except WRONG as error:

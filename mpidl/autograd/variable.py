@@ -34,7 +34,9 @@ class Variable:
 
     def __init__(self, data: Array, *, requires_grad: bool = False) -> None:
         if data.__class__ is not ndarray:
-            if isinstance(data, ndarray | np.generic):  # np.matrix has products of its own
+            if isinstance(data, ndarray):
+                data = array.plain(data)
+            elif isinstance(data, np.generic):
                 data = np.asarray(data)
             elif not array.is_array(data):
                 raise AutogradError(f"Tensor of a {type(data).__name__}: use mpidl.tensor(...)")

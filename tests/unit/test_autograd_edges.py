@@ -295,3 +295,12 @@ def test_a_window_passes_an_infinite_gradient_to_one_element(
     expected = values * np.array([1, 0, 2]).reshape(3, 1, 1)
     expected[:, 1].flat[place] = gradient
     np.testing.assert_array_equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("odd", [lambda x: x.view(np.matrix), np.ma.masked_array])
+def test_arrays_whose_products_are_others_become_plain(odd, rng: np.random.Generator) -> None:
+    """The product of two np.matrix is a matrix product: gradients would be wrong, or fail."""
+    x = rng.standard_normal((3, 3)).astype(np.float32)
+    y = Tensor(x.copy(), requires_grad=True)
+    (functional.exp(Tensor(odd(x.copy()))) * y * odd(x.copy())).sum().backward()
+    np.testing.assert_allclose(y.grad, np.exp(x) * x, rtol=1e-6)

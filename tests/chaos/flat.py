@@ -30,7 +30,7 @@ BOUNDS = {
 }
 #: Those that are left have more microbatches each, whose gradients they keep, and more state.
 MORE_EACH = {"rss": 8.0 * MIB, "anonymous": 8.0 * MIB, "pss": 16.0 * MIB}
-#: Of each recovery, in bytes: 8 to 28 KiB were measured over 96 of them, most on rank 0, while counts
+#: Of each recovery, in bytes: 8 to 28 KiB were measured, over 96 of them, most on rank 0; counts
 #: stayed the same. The history of epochs is a part of it; whose the rest is was not found out.
 RECOVERY = 48 * 1024
 

@@ -73,8 +73,23 @@ class Saver:
         self._look_step = self._begun + FIRST_LOOK  # when to look at the clock
 
     def again(self) -> Saver:
-        """Return another one for what the trainer's world and replica are now. Collective."""
-        return Saver(self.trainer, *self._options, resume=False, again=True)
+        """Return another one for what the trainer's world and replica are now. Collective.
+
+        It writes the checkpoint of the last epoch where a rank's death kept this from doing so.
+        """
+        made = Saver(self.trainer, *self._options, resume=False, again=True)
+        done, steps = self.trainer.done, self.trainer.replica.steps
+        last = self.checkpoints.last
+        written = last is not None and f"step-{steps:08}" in last.name
+        ended = not done.position and bool(done.history) and done.history[-1]["steps"] == steps
+        try:
+            if self.trainer.world.broadcast(ended and not written):
+                epoch = done.history[-1]
+                made._save({}, {"loss": epoch["loss"], **epoch["metrics"]})
+        except BaseException:
+            made.checkpoints.abandon()
+            raise
+        return made
 
     def _of_this_run(self) -> Path | None:
         """Return the newest that an attempt of this run wrote, where it was started again."""

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 SIOCGIFFLAGS, IFF_UP, IFF_LOOPBACK = 0x8913, 0x1, 0x8  # of linux/sockios.h and linux/if.h
 TAKE, PASS = 4, 0xFFFFFFFF  # TC_ACT_STOLEN and TC_ACT_UNSPEC, of linux/pkt_cls.h
 PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-RIGHTS = "it takes root, or a container with --cap-add NET_ADMIN"
+HINTS = {
+    "not permitted": " (it takes root, or a container with --cap-add NET_ADMIN)",
+    "not found": " (tc comes with iproute2)",
+}
 # Arguments: HANDLE VERDICT SECONDS INTERFACES...; without SECONDS, for good. Returns when they are
 # cut. What heals them is nobody's child, in a session of its own, and does so too when asked to
 # end. Of several cuts at once the last removes the qdisc, unless others have filters there.
@@ -112,7 +115,7 @@ class Cut:
     def try_out(self) -> None:
         """Put filters there that let all pass, and take them away. Raises InvalidArgument."""
         if said := self._run(PASS, "0", links(self)):
-            hint = f" ({RIGHTS})" if "not permitted" in said else ""
+            hint = next((hint for sign, hint in HINTS.items() if sign in said), "")
             host = socket.gethostname()
             raise InvalidArgument(f"{self} cannot be on {host}: {said}{hint}")
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -105,18 +106,27 @@ class Sampler:
         number = probe.py2f()  # of those that there are, the lowest that is free
         probe.Free()
         elastic: Any = self.trainer._elastic
-        files = elastic.folder.rglob("*")
         return {
             "rss": sizes["Rss:"],
             "anonymous": sizes["Anonymous:"],
             "pss": sizes["Pss:"],
-            "shm": sum(file.stat().st_size for file in files if file.exists()),
+            "shm": size_of(elastic.folder),
             "fds": entries("/proc/self/fd"),
             "threads": entries("/proc/self/task"),
             "communicators": number,
             "recoveries": elastic.recoveries,
             "ranks": self.trainer.world.size,
         }
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files, some of which may be removed meanwhile."""
+    size = 0
+    with suppress(OSError):
+        for file in folder.rglob("*"):
+            with suppress(OSError):
+                size += file.stat().st_size
+    return size
 
 
 def entries(folder: str) -> int:

@@ -68,10 +68,12 @@ def judge(kind: str, ranks: int, made: run.Run) -> Part:
     for rank in sorted(set(range(ranks)) - killed):
         samples = flat.Samples.read(made.folder / f"samples-{rank}")
         grown = samples.growths()
-        wrong += [f"rank {rank}: {text}" for text in flat.problems(grown, fewer=kind == "deaths")]
         if not grown:
             wrong.append(f"rank {rank} told of {len(samples.times)} samples")
             continue
+        begun, *_, ended = samples.values["recoveries"]
+        found = flat.problems(grown, fewer=kind == "deaths", recoveries=ended - begun)
+        wrong += [f"rank {rank}: {text}" for text in found]
         part.steps = max(part.steps, int(samples.values["steps"][-1]))
         part.recoveries = max(part.recoveries, int(samples.values["recoveries"][-1]))
         for name, value in grown.items():

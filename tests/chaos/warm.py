@@ -5,10 +5,14 @@ Imports take longer than many a training: of `mpidl run`, and of the same traini
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mpidl.cli.attend import PR_SET_PDEATHSIG
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +38,7 @@ def _begin(
     environment: dict[str, str],
 ) -> None:
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # as where the tests are killed
     os.environ.clear()
     os.environ.update(environment)
     with output.open("ab") as file, Path(os.devnull).open("rb") as nothing:

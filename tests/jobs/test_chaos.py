@@ -69,43 +69,6 @@ for step in range(4):
     assert json.loads((tmp_path / "record/0.json").read_text())["rank"] == 1
 
 
-BEGINS = """
-import sys, time
-import numpy as np
-import mpidl
-from mpidl import data, nn, optim
-from mpidl.checkpoint.saver import Saver
-from mpidl.testing import inject
-from tests.chaos.endure import Alarm
-
-ranks, begin = mpidl.init(), Saver.begin
-x = np.random.default_rng(1).standard_normal((40, 3), np.float32)
-trainer = mpidl.Trainer(nn.Linear(3, 2), nn.mse, optim.SGD(0.1), elastic=True, quiet=True)
-
-
-def begin_late(saver, position):
-    begin(saver, position)
-    if trainer._elastic.recoveries == 0:
-        time.sleep(0.3)
-        trainer.world.comm.Iprobe()  # raises
-
-
-if ranks.rank == 1:
-    Saver.begin = begin_late
-with inject(trainer, Alarm(0, 0, "before")):
-    history = trainer.fit(data.ArrayDataset(x, x[:, :2]), 2, 10)
-print(trainer._elastic.recoveries, len(history), trainer.replica.steps)
-"""
-
-
-def test_a_death_when_only_some_have_begun(tmp_path: Path) -> None:
-    script = job.script(tmp_path, BEGINS)
-    line = (sys.executable, "-m", "mpidl", "run", "--elastic", "-n", "2", script)
-    result = job.execute("openmpi", *line, timeout=30, PYTHONPATH=str(job.ROOT))
-    assert result.status == 0, result
-    assert result.output == "1 2 8\n" * 2, result
-
-
 def test_a_launcher_that_outlives_its_ranks_is_ended() -> None:
     text = """
 import os, sys

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 hvd = pytest.importorskip("mpidl.torch")
 hvd.init()
+from tests.peers.test_torch_checkpoint import OPTIMIZERS, Training, check_equal  # noqa: E402
 
 
 def state_of(own: np.random.Generator, **others: Any) -> Any:
@@ -158,3 +159,39 @@ def test_an_error_on_some_ranks_only(world: mpidl.World, own: np.random.Generato
 
     assert train(state_of(own)) == world.size
     assert len(calls) == 2
+
+
+def test_a_replica_is_built_anew(
+    world: mpidl.World, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a death: in the middle of an update, for other ranks, from the last commit."""
+    options = {"microbatches": int(rng.integers(1, 6)), "optimizer": str(rng.choice([*OPTIMIZERS]))}
+    seed = int(rng.integers(100))
+    whole = Training(world.alone(), seed, **options)
+    for _ in range(5):
+        whole.step()
+    one = Training(world, seed, **options)
+    state = hvd.elastic.TorchState(one.model, one.optimizer, schedule=one.schedule, steps=one)
+    for _ in range(3):
+        one.step()
+    state.commit()
+    one.step()
+
+    def share(_: Any) -> None:
+        raise RuntimeError("as if")
+
+    monkeypatch.setattr(one.model.strategy, "share", share)
+    if one.model._owned is not None:
+        with pytest.raises(RuntimeError, match="as if"):
+            one.step()
+    one.model.leave()
+    one.model.leave()  # does nothing
+    state.restore()
+    assert one.steps == 3
+    one.world = world.alone()
+    one.model.enter(one.world)
+    while one.steps < 5:
+        one.step()
+    check_equal(one.all(), whole.all())
+    one.model.close()
+    whole.model.close()

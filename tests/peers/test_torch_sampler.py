@@ -157,3 +157,25 @@ def test_elastic_sampler(world: mpidl.World, rng: np.random.Generator) -> None:
     assert sampler.processed_indices == set() and list(sampler) != mine
     in_order = hvd.elastic.ElasticSampler(range(n), shuffle=False)
     assert list(in_order)[:2] == [world.rank, world.rank + world.size]
+
+
+def test_epochs_go_on_where_they_were(world: mpidl.World, rng: np.random.Generator) -> None:
+    """In the middle of one, or at its end: every batch comes once."""
+    dataset = torch.utils.data.TensorDataset(torch.arange(20))
+    stop = int(rng.choice([1, 3, 4, 5, 8, 11]))
+
+    def taken(loader: Any, most: int) -> list[Any]:
+        found = []
+        for epoch in loader.epochs(3):
+            for (x,) in loader:
+                found.append((epoch, x.tolist()))
+                if len(found) == most:
+                    return found
+        return found
+
+    expected = taken(hvd.loader(dataset, 6, seed=1), 100)
+    assert len(expected) == 12 and [epoch for epoch, _ in expected] == sorted([0, 1, 2] * 4)
+    first, second = hvd.loader(dataset, 6, seed=1), hvd.loader(dataset, 6, seed=1)
+    found = taken(first, stop)
+    second.load_state_dict(first.state_dict())
+    assert found + taken(second, 100) == expected

@@ -110,7 +110,7 @@ soak = pytest.mark.soak
     ("mpi", "fault", "options"),
     [
         ("openmpi", "kill", []),
-        ("mpich", "crash", []),
+        pytest.param("mpich", "crash", [], marks=soak),
         pytest.param("mpich", "kill", [], marks=soak),
         pytest.param("openmpi", "crash", [], marks=soak),
         pytest.param("openmpi", "crash", ["--elastic"], marks=soak),

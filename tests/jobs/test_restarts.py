@@ -88,14 +88,14 @@ def attempts(result: job.Result) -> list[int]:
     ("does", "says", "status", "tried"),
     [
         ("the_others_end_well", "0", 0, [0, 0, 1, 1]),
-        ("all_die", "never", 0, [0, 0, 1, 1]),
+        pytest.param("all_die", "never", 0, [0, 0, 1, 1], marks=pytest.mark.soak),
         ("well", "1", 0, [0, 0]),
-        ("not_saved", "0", 74, [0, 0]),
+        pytest.param("not_saved", "0", 74, [0, 0], marks=pytest.mark.soak),
         ("asked", "3", 75, [0, 0]),
         ("at_odds", "0", 0, [0, 0, 1, 1]),
-        ("at_once", "0", 1, [0, 0, 1, 1, 2, 2]),
-        ("exits", "0", 1, [0, 0, 1, 1, 2, 2]),
-        ("raises", "5", 5, [0, 0, 1, 1, 2, 2]),
+        pytest.param("at_once", "0", 1, [0, 0, 1, 1, 2, 2], marks=pytest.mark.soak),
+        pytest.param("exits", "0", 1, [0, 0, 1, 1, 2, 2], marks=pytest.mark.soak),
+        pytest.param("raises", "5", 5, [0, 0, 1, 1, 2, 2], marks=pytest.mark.soak),
     ],
 )
 def test_the_ranks_decide_and_not_the_launcher(
@@ -199,6 +199,7 @@ print("lines", "".join(lines).encode(errors="replace"))
 """
 
 
+@only_mpich
 def test_the_token_is_on_no_command_line(mpi: str, tmp_path: Path) -> None:
     line = (sys.executable, "-m", "mpidl", "run", "--restarts", "0", "-n", "1")
     result = job.execute(mpi, *line, job.script(tmp_path, SECRET))
@@ -246,7 +247,6 @@ KILL_ONE = "world.rank == 1 and os.kill(os.getpid(), 9)"
 KILL_LAUNCHER = "world.rank == 1 and os.kill(os.getppid(), 9)"
 RAISE = "if world.rank == 1: raise ValueError('leaf')"
 STOP = "if world.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)"
-ASK = "world.rank == 1 and os.kill(SUPERVISOR, signal.SIGTERM)"
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +268,8 @@ def restarts(mpi: str, folder: Path, fail: str, *options: str, **extra: str) -> 
     ("mpi", "fail", "told"),
     [
         ("openmpi", KILL_ALL, ""),
-        ("openmpi", KILL_LAUNCHER, ""),
-        ("mpich", RAISE, ""),
+        pytest.param("openmpi", KILL_LAUNCHER, "", marks=pytest.mark.soak),
+        pytest.param("mpich", RAISE, "", marks=pytest.mark.soak),
         ("mpich", STOP, "ranks had waited"),
         pytest.param("mpich", KILL_ALL, "", marks=pytest.mark.soak),
         pytest.param("mpich", KILL_ONE, "", marks=pytest.mark.soak),
@@ -285,13 +285,16 @@ def test_it_ends_as_if_nothing_had_been(
 ) -> None:
     result = restarts(mpi, tmp_path, fail, MPIDL_STALL_SECONDS="1")
     assert result.status == 0, result
-    assert json.loads(result.output) == json.loads(expected), result
+    told_last = result.output.splitlines()[-1]  # MPICH's launcher tells of deaths there, too
+    assert json.loads(told_last) == json.loads(expected), result
     (line,) = re.findall(r"mpidl: attempt 0 .*", result.errors)
     assert line.endswith("; attempt 1 of at most 2 begins with 2 ranks"), result
     assert told in line or mpi == "mpich", result  # whose launcher may give another status
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak)]
+)
 @only_mpich
 def test_a_wish_to_end_is_no_failure(mpi: str, number: signal.Signals, tmp_path: Path) -> None:
     fail = f"if world.rank == 1: os.kill(int(open('supervisor').read()), {int(number)})"
@@ -303,7 +306,16 @@ def test_a_wish_to_end_is_no_failure(mpi: str, number: signal.Signals, tmp_path:
     assert (result.status, result.output, result.errors) == (75, "", ""), result
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("mpi", "number"),
+    [
+        ("openmpi", signal.SIGTERM),
+        ("mpich", signal.SIGINT),
+        pytest.param("openmpi", signal.SIGINT, marks=pytest.mark.soak),
+        pytest.param("mpich", signal.SIGTERM, marks=pytest.mark.soak),
+    ],
+    indirect=["mpi"],
+)
 def test_ranks_that_heed_no_wish(mpi: str, number: signal.Signals, tmp_path: Path) -> None:
     code = """
 import os, sys, time, mpidl
@@ -320,3 +332,39 @@ time.sleep(60)
     assert result.status == 128 + number, result
     assert "; asked to stop\n" in result.errors, result
     assert "attempt 1" not in result.errors, result
+
+
+ELASTIC = """
+import os, sys
+import numpy as np
+import mpidl
+from mpidl import data, nn, optim
+
+world = mpidl.init()
+x, y = np.ones((300, 20), np.float32), np.zeros(300, int)
+
+
+class Failing(data.ArrayDataset):
+    taken = 0
+
+    def take(self, indices):
+        Failing.taken += 1
+        if world.rank == 1 and Failing.taken == 20:
+            os.kill(os.getpid(), 9)
+        return super().take(indices)
+
+
+trainer = mpidl.Trainer(
+    nn.Linear(20, 4), nn.cross_entropy, optim.SGD(0.1), microbatches=4, quiet=True, elastic=True
+)
+trainer.fit(Failing(x, y), 6, 30, seed=2)
+print(trainer.world.size, os.environ["MPIDL_ATTEMPT"])
+"""
+
+
+@pytest.mark.soak
+def test_a_rank_that_others_go_on_without_is_no_failure(tmp_path: Path) -> None:
+    line = (sys.executable, "-m", "mpidl", "run", "--restarts", "2", "--elastic", "-n", "2")
+    result = job.execute("openmpi", *line, job.script(tmp_path, ELASTIC))
+    assert (result.status, result.output) == (0, "1 0\n"), result
+    assert "mpidl: attempt" not in result.errors, result

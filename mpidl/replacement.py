@@ -236,7 +236,8 @@ def grown(elastic: Elastic) -> World:
     """
     if spawned.parent is not None:
         try:
-            return _join(elastic)
+            with spawned.at_most(spawned.JOIN_SECONDS, spawned.parent.process):
+                return _join(elastic)
         except Exception:  # whatever it is, the others do without this rank
             spawned.leave()
     ranks, mine = elastic.trainer.world, elastic.replacements

@@ -15,6 +15,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from mpidl.world import World
 
 ATTEMPTS = 3  # that may fail, until there are no more
-END_SECONDS = 10.0  # that the end of a run waits for a process that is starting
+SPAWN_SECONDS = 60.0  # in which MPI_Comm_spawn returns, if ever
+END_SECONDS = 3.0  # that the end of a run waits for a process that is starting
 TAG = spawned.TAG
 JOIN, DONE, LEAVE = "join", "done", "leave"
 PASSED_ON = ("LD_LIBRARY_PATH", "MKL_", "MPI4PY_", "MPIDL_", "OMP_", "OPENBLAS_", "PYTHON")
@@ -49,6 +51,7 @@ class Newcomer:
     thread: threading.Thread | None = None
     asks: Any = None  #: what it has sent, and waits for an answer to
     unwanted: bool = False
+    begun: float = field(default_factory=time.monotonic)
 
     @property
     def starting(self) -> bool:
@@ -140,6 +143,9 @@ class Replacements:
         ready = None
         for number, newcomer in list(self.coming.items()):
             if newcomer.starting:
+                if time.monotonic() > newcomer.begun + SPAWN_SECONDS:
+                    self.failed = ATTEMPTS - 1  # another one would hardly do better
+                    self.fail(number, f"it has not started after {SPAWN_SECONDS:.0f} s")
                 continue
             newcomer.look()
             if newcomer.asks is not None and newcomer.asks < len(self.results):

@@ -29,6 +29,7 @@ PRINT_SECONDS = 3.0  # time for rank 0 to print an error that all ranks share, a
 TOLD = 32767  # a tag: the largest that every MPI has (MPI-4.1, section 9.1.2)
 PROBES = 100  # the first only lets the message arrive
 SEGMENTS = ("/dev/shm/sm_segment.", "/dev/shm/mpich_shm_")  # of Open MPI and MPICH
+LAST = "last"
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 _guard: _Guard | None = None
@@ -70,17 +71,22 @@ def end_without_finalizing(comm: Any) -> None:
     """Let this process end after a barrier: MPI_Finalize may hang after others have died."""
     global _barrier, _process
     _barrier, _process = comm, os.getpid()
+    note_status(1)
 
 
-def note_status(status: int) -> None:
-    """Leave the status with which this rank ends the run for `mpidl run`, if it is on this host.
+def note_status(status: int, *, last: bool = False) -> None:
+    """Tell `mpidl run`, if it is on this host, with which status the run ends, as it stands.
 
-    Open MPI's launcher may return 0 where ranks have died before.
+    Nothing changes what is written as the `last` word. Open MPI's launcher may return 0 for
+    whatever comes after a rank's death.
     """
     path = config.status_file()
-    if path is not None and counts:
-        with suppress(OSError), path.open("r+") as file:  # on other hosts there is none
-            file.write(f"{status}\n")
+    if path is None or not counts:
+        return
+    with suppress(OSError), path.open("r+") as file:  # on other hosts there is none
+        if LAST not in file.read():
+            file.seek(0)
+            file.write(f"{status:3} {LAST if last else '    '}\n")
 
 
 def leave_together(status: int) -> NoReturn:
@@ -134,6 +140,7 @@ def _end_together() -> None:
         with suppress(Exception):  # another one has died
             _barrier.Barrier()
         unlink_segments()
+        note_status(status or 0)
     elif not MPI.Is_finalized():
         MPI.Finalize()
     os._exit(status or 0)  # Python knows no other way to change it here
@@ -257,7 +264,7 @@ class _Guard:
             with suppress(Exception):
                 function()
         status = status & 255 or 1  # the system keeps 8 bits: 256 would be success
-        note_status(status)
+        note_status(status, last=True)
         self.comm.Abort(status)
 
 

@@ -12,15 +12,16 @@ did not, the new one ends, and the others recover as from any rank's death.
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidl import abort, config, spawned, watchdog, world
 from mpidl.errors import MpidlError
+from mpidl.newcomer import DONE, JOIN, LEAVE, Newcomer, spawn
+from mpidl.spawned import TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,54 +31,10 @@ if TYPE_CHECKING:
     from mpidl.world import World
 
 ATTEMPTS = 3  # that may fail, until there are no more
-END_SECONDS = 10.0  # that the end of a run waits for a process that is starting
-TAG = spawned.TAG
-JOIN, DONE, LEAVE = "join", "done", "leave"
-PASSED_ON = ("LD_LIBRARY_PATH", "MKL_", "MPI4PY_", "MPIDL_", "OMP_", "OPENBLAS_", "PYTHON")
-FOLDER = Path.cwd()  # where the script was started
+SPAWN_SECONDS = 60.0  # in which MPI_Comm_spawn returns, if ever
+END_SECONDS = 3.0  # that the end of a run waits for a process that is starting
 
 _all: list[Replacements] = []
-
-
-@dataclass
-class Newcomer:
-    """A process that was spawned, as rank 0 knows it."""
-
-    number: int  #: of the rank whose place it takes
-    pair: Any = None  #: communicator of rank 0 and it
-    problem: str | None = None
-    thread: threading.Thread | None = None
-    asks: Any = None  #: what it has sent, and waits for an answer to
-    unwanted: bool = False
-
-    @property
-    def starting(self) -> bool:
-        """Whether it is not known yet what became of it."""
-        return self.thread is not None and self.thread.is_alive()
-
-    def look(self) -> None:
-        """Find out whether it asks for something, or has died. Not collective."""
-        try:
-            if self.problem is None and self.pair.Iprobe(1, TAG):
-                self.asks = self.pair.recv(None, 1, TAG)
-        except Exception:  # of MPI
-            self.problem = "it ended before it came to its fit"
-
-    def answer(self, what: Any) -> None:
-        """Answer what it has asked."""
-        self.asks = None
-        try:
-            self.pair.send(what, 1, TAG)
-        except Exception:  # of MPI
-            self.problem = "it ended while it joined"
-
-    def dismiss(self, seconds: float) -> None:
-        """Let it end. Waits for so long at most, where it is starting."""
-        self.unwanted = True
-        if self.thread is not None:
-            self.thread.join(seconds)
-        if not self.starting and self.pair is not None:
-            self.answer((LEAVE, None))
 
 
 @dataclass
@@ -119,10 +76,10 @@ class Replacements:
                 host = self.hosts[self.number]  # the snapshots are where the others are
             given = ranks.MPI, self._world(number), None if len(set(self.hosts)) == 1 else host
             if not ranks.threads:
-                _spawn(made, *given)
+                spawn(made, *given)
                 continue
             made.thread = threading.Thread(
-                target=_spawn, args=(made, *given), name="mpidl spawn", daemon=True
+                target=spawn, args=(made, *given), name="mpidl spawn", daemon=True
             )
             made.thread.start()
 
@@ -140,6 +97,9 @@ class Replacements:
         ready = None
         for number, newcomer in list(self.coming.items()):
             if newcomer.starting:
+                if time.monotonic() > newcomer.begun + SPAWN_SECONDS:
+                    self.failed = ATTEMPTS - 1  # another one would hardly do better
+                    self.fail(number, f"it has not started after {SPAWN_SECONDS:.0f} s")
                 continue
             newcomer.look()
             if newcomer.asks is not None and newcomer.asks < len(self.results):
@@ -236,7 +196,8 @@ def grown(elastic: Elastic) -> World:
     """
     if spawned.parent is not None:
         try:
-            return _join(elastic)
+            with spawned.at_most(spawned.JOIN_SECONDS, spawned.parent.process):
+                return _join(elastic)
         except Exception:  # whatever it is, the others do without this rank
             spawned.leave()
     ranks, mine = elastic.trainer.world, elastic.replacements
@@ -329,25 +290,3 @@ def _share(elastic: Elastic, ranks: World) -> None:
     if elastic.folder is None:
         told = next(told for *_, told in known if told is not None)
         elastic.take(folders[ranks.node], told)
-
-
-def _spawn(newcomer: Newcomer, MPI: Any, told: dict[str, Any], host: str | None) -> None:
-    """Start a process, and tell it who it is. Returns when its MPI has started."""
-    process = f"{os.getpid()} {os.uname().nodename}"
-    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    passed["MPIDL_SPAWNED"] = process
-    # values of MPI_Info are short: so env(1) sets the environment
-    line = [*(f"{name}={value}" for name, value in passed.items()), sys.executable]
-    try:
-        info = MPI.Info.Create()
-        info.Set("wdir", str(FOLDER))
-        if host is not None:
-            info.Set("host", host)
-        inter = MPI.COMM_SELF.Spawn("/usr/bin/env", [*line, *sys.orig_argv[1:]], 1, info)
-        pair = inter.Merge(high=False)
-        pair.send(told, 1, TAG)
-        newcomer.pair = pair
-        if newcomer.unwanted:
-            newcomer.answer((LEAVE, None))
-    except Exception as error:  # of MPI
-        newcomer.problem = f"MPI_Comm_spawn: {error}"

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,10 +20,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mpidl import abort, config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mpidl.world import World
 
 TAG = 1
-START_SECONDS = 60.0  # that MPI_Init may take, in which the one that spawned it may have died
+START_SECONDS = 30.0  # that MPI_Init may take, in which the one that spawned it may have died
+JOIN_SECONDS = 30.0  # that joining may take, which MPI may leave without an end where ranks die
 LOOK_SECONDS = 5e-3
 
 parent: Parent | None = None  #: None in all others, and once it has joined
@@ -46,6 +51,25 @@ class Parent:
             return self.comm.recv(None, 0, TAG)
         except Exception:  # of MPI: it has died
             leave()
+
+
+@contextmanager
+def at_most(seconds: float, process: str) -> Iterator[None]:
+    """End this process unless this context ends in time, or if `process` has ended meanwhile."""
+    done = threading.Event()
+
+    def look() -> None:
+        end = time.monotonic() + seconds
+        while not done.wait(LOOK_SECONDS * 10):
+            late = time.monotonic() > end or not alive(process)
+            if late and not done.wait(1.0):
+                leave()
+
+    threading.Thread(target=look, name="mpidl joins", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def leave() -> NoReturn:
@@ -87,7 +111,7 @@ def named(world: World) -> World:
         leave()
     signal.setitimer(signal.ITIMER_REAL, 0)
     parent = Parent(comm, process, told)
-    abort.counts = False
+    abort.counts = False  # the run goes on without it
     abort.end_without_finalizing(world.comm)
     return dataclasses.replace(world, **{k: v for k, v in told.items() if k != "hosts"})
 

@@ -192,7 +192,7 @@ class Watchdog(threading.Thread):
                 stream.flush()
         if self.link is None:  # MPI is another thread's: the launcher ends the others
             os._exit(STATUS)
-        abort.note_status(STATUS)
+        abort.note_status(STATUS, last=True)
         self._end_spawned()
         self.mark.comm.Abort(STATUS)
 

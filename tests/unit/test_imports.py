@@ -75,6 +75,7 @@ LEVELS = {
     "plan": 4,
     "parallel": 4,
     "row_count": 4,
+    "newcomer": 4,
     "progress": 4,
     "replacement": 4,
     "server": 4,

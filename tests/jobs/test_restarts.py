@@ -273,7 +273,6 @@ def restarts(mpi: str, folder: Path, fail: str, *options: str, **extra: str) -> 
         ("mpich", STOP, "ranks had waited"),
         pytest.param("mpich", KILL_ALL, "", marks=pytest.mark.soak),
         pytest.param("mpich", KILL_ONE, "", marks=pytest.mark.soak),
-        pytest.param("mpich", KILL_LAUNCHER, "", marks=pytest.mark.soak),
         pytest.param("openmpi", KILL_ONE, "", marks=pytest.mark.soak),
         pytest.param("openmpi", RAISE, "", marks=pytest.mark.soak),
         pytest.param("openmpi", STOP, f"status {watchdog.STATUS}", marks=pytest.mark.soak),

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpidl import abort, config, spawned, watchdog, world
+from mpidl import abort, config, spawned, supervised, watchdog, world
 from mpidl.errors import MpidlError
 from mpidl.newcomer import DONE, JOIN, LEAVE, Newcomer, spawn
 from mpidl.spawned import TAG
@@ -273,6 +273,8 @@ def _world_of(MPI: Any, merged: Any, number: int) -> World:
 
 
 def _take(elastic: Elastic, grown: World) -> None:
+    supervised.start(grown.broadcast(supervised.known()))
+    supervised.tell_size(grown.size)
     elastic.trainer.world = grown
     world.replace_current(grown)
     abort.end_without_finalizing(grown.comm)

@@ -21,22 +21,30 @@ if TYPE_CHECKING:
     from mpidl.lease import Keeper
 
 _keeper: Keeper | None = None
+_found: config.Supervisor | None = None
 _steps = 0
 
 
-def start() -> None:
+def known() -> config.Supervisor | None:
+    """Return the supervisor of this run, for a rank that joins it; None if it has none."""
+    return _found
+
+
+def start(found: config.Supervisor | None = None) -> None:
     """Find the supervisor of this run, if it has one. Not collective, and before MPI starts.
 
-    So a rank that waits in MPI_Init for a host that has died is seen, too. Raises MpidlError where
-    the supervisor cannot be reached. A rank of an attempt that is over ends.
+    So a rank that waits in MPI_Init for a host that has died is seen, too. One that was spawned
+    later is told of it by the others, in `found`. Raises MpidlError where the supervisor cannot be
+    reached. A rank of an attempt that is over ends.
     """
-    global _keeper
-    found = config.supervisor()
-    if found is None or _keeper is not None:
+    global _keeper, _found
+    asked = config.supervisor()
+    _found = found or (asked if config.spawned() is None else None)
+    if _found is None or _keeper is not None:
         return
     from mpidl.lease import Keeper  # its imports are slow, and few runs need them
 
-    _keeper = Keeper(found, config.lease_seconds(), lambda: _steps)
+    _keeper = Keeper(_found, config.lease_seconds(), lambda: _steps)
     _keeper.start()
     os.register_at_fork(after_in_child=_forget)
 

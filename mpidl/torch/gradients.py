@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mpidl import signals
+from mpidl import signals, supervised
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.torch.places import shaped
 
@@ -183,6 +183,7 @@ class Gradients:
         self._show(self._used(missing) if unused else None)
         if self.buffers is not None:
             self.buffers.broadcast(0 if leads else self._first(weight))
+        supervised.note_step()
         return total
 
     def start_microbatches(self) -> None:

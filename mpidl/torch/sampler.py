@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
     ) -> None:
         with internal():
             self._batches = batches(
-                dataset,
+                _Numbers(dataset),
                 batch_size,
                 world=_ranks(),
                 seed=seed,
@@ -201,3 +201,16 @@ def _emptied(batch: Any) -> Any:
     if isinstance(batch, (list, tuple)) and any(isinstance(x, torch.Tensor) for x in batch):
         return type(batch)(map(_emptied, batch))
     return batch[:0]
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers of a data set's samples: what is dealt out."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def take(self, indices: Any) -> tuple[Any, Any]:
+        return indices, indices

@@ -49,8 +49,8 @@ INTERNAL = {
     "strategies.base:in_turn": "for strategies",
     "strategies.base:publish_in_turn": "for strategies",
     "strategies.*:*": "takes a world; options are fuzzed where there are any",
-    "testing.faults:*.act": "called by inject",
-    "testing.faults:*.after": "as act",
+    "testing.*:*.act": "called by inject",
+    "testing.*:*.after": "as act",
     "trainer:Epoch": "made by fit",
     "world:World*": "for strategies, which pass what they have checked",
 }

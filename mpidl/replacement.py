@@ -273,7 +273,8 @@ def _world_of(MPI: Any, merged: Any, number: int) -> World:
 
 
 def _take(elastic: Elastic, grown: World) -> None:
-    supervised.start(grown.broadcast(supervised.known()))
+    known = grown.gather(supervised.known())
+    supervised.start(next((found for found in known if found is not None), None))
     supervised.tell_size(grown.size)
     elastic.trainer.world = grown
     world.replace_current(grown)

@@ -48,6 +48,11 @@ def faults() -> str | None:
     return os.environ.get("MPIDL_FAULTS") or None
 
 
+def out() -> str | None:
+    """MPIDL_OUT: the folder of this job, where a `Trainer` writes by default; None of no job."""
+    return os.environ.get("MPIDL_OUT") or None
+
+
 def run() -> str | None:
     """MPIDL_RUN: the name of a run that `mpidl run --restarts` watches; None if none does."""
     value = os.environ.get("MPIDL_RUN", "")

@@ -3,7 +3,7 @@
 # Change the lines below, or overrule them:  bsub -W 4:00 < launch/lsf.sh
 # mpidl submit fills in a copy of this, by the same lines.
 #BSUB -J mpidl
-# Ranks in all, and on a host. (Where a slot is a core: times the cores of a rank.)
+# Slots in all, and on a host: where a slot is a core, one for each core of a rank.
 #BSUB -n 4
 #BSUB -R "span[ptile=2]"
 # Hours and minutes.
@@ -27,6 +27,7 @@ if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 export OMP_NUM_THREADS=1  # cores of a rank, or each rank's BLAS takes all cores of the node
 ranks=4
 nodes=2
+hosts=$(uniq "$LSB_DJOB_HOSTFILE" | sed "s/$/:$((ranks / nodes))/" | paste -sd,)  # a:2,b:2
 gpus_per_node=0  # asked for by: bsub -gpu num=4
 
 # Where a Trainer writes, and goes on from when the job is started again. Of a job array
@@ -46,16 +47,16 @@ IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$rank}"
 CUDA_VISIBLE_DEVICES=${gpus[rank % ${#gpus[@]}]} exec "$@"' rank)
 if ((gpus_per_node == 0)); then one_gpu=(); fi
 
-# The hosts are told: an MPI from a wheel does not know LSF. With IBM's own: (jsrun -n "$ranks").
-# Where hosts are not reached by ssh, also: --prtemca plm_ssh_agent blaunch
-launcher=(mpidl run -n "$ranks" --launcher-args "--hostfile $LSB_DJOB_HOSTFILE")
+# With IBM's MPI: (jsrun -n "$ranks"). Where hosts are not reached by ssh, to mpidl run with Open
+# MPI also: --launcher-args "--prtemca plm_ssh_agent blaunch"
+launcher=(mpidl run --hosts "$hosts")
 container=()  # such as (apptainer exec train.sif), with the same MPI inside as outside
 command=(python -m mpi4py examples/digits_mlp.py --strategy ring)
-command=("${command[@]//'{index}'/$index}")
+if [[ $index ]]; then command=("${command[@]//'{index}'/$index}"); fi
 
 # Start it, and pass the signal on: the ranks finish their step, write a checkpoint, and end with
 # status 75, "start me again". In the same job all goes on from there, bit for bit.
-echo "$ranks ranks on $nodes nodes"
+echo "$ranks ranks: $hosts"
 trap '[[ -z ${!:-} ]] || kill -USR1 $!' USR1
 "${launcher[@]}" "${one_gpu[@]}" "${container[@]}" "${command[@]}" &
 status=0

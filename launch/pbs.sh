@@ -21,7 +21,7 @@ if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 
 export OMP_NUM_THREADS=1  # cores of a rank: ncpus / mpiprocs, or each rank's BLAS takes all cores
 ranks=$(wc -l < "$PBS_NODEFILE")
-nodes=$(sort -u "$PBS_NODEFILE" | wc -l)
+hosts=$(uniq -c "$PBS_NODEFILE" | awk '{ print $2 ":" $1 }' | paste -sd,)  # a:2,b:2
 gpus_per_node=0
 script=launch/pbs.sh  # this one, seen from where it was submitted: PBS runs a copy
 train_seconds=3480  # the walltime, less two minutes for a checkpoint: PBS sends no signal ahead
@@ -43,15 +43,15 @@ IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$rank}"
 CUDA_VISIBLE_DEVICES=${gpus[rank % ${#gpus[@]}]} exec "$@"' rank)
 if ((gpus_per_node == 0)); then one_gpu=(); fi
 
-# On a Cray with PALS: (mpiexec -n "$ranks" --ppn "$((ranks / nodes))" --depth "$OMP_NUM_THREADS")
-launcher=(mpidl run -n "$ranks")
+# On a Cray with PALS: (mpiexec -n "$ranks" --ppn 2 --depth "$OMP_NUM_THREADS" --cpu-bind depth)
+launcher=(mpidl run --hosts "$hosts")
 container=()  # such as (apptainer exec train.sif), with the same MPI inside as outside
 command=(python -m mpi4py examples/digits_mlp.py --strategy ring)
-command=("${command[@]//'{index}'/$index}")
+if [[ $index ]]; then command=("${command[@]//'{index}'/$index}"); fi
 
 # In time the ranks get a signal: they finish their step, write a checkpoint, and end with status
 # 75, "start me again". In the next job all goes on from there, bit for bit.
-echo "$ranks ranks on $nodes nodes"
+echo "$ranks ranks: $hosts"
 status=0
 timeout --foreground --preserve-status --signal=USR1 "$train_seconds" \
     "${launcher[@]}" "${one_gpu[@]}" "${container[@]}" "${command[@]}" || status=$?

@@ -16,6 +16,8 @@ from mpidl.cli import attend, bench, launcher
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
+from mpidl.cli import status as following
+from mpidl.cli import submit as submission
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -25,12 +27,15 @@ T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Data-parallel training over MPI.",
 )
 app.add_typer(bench.app, name="bench")
 app.command()(planning.plan)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
+    submission.submit
+)
+app.command()(following.status)
 
 
 @app.callback(invoke_without_command=True)

@@ -46,7 +46,7 @@ class Job:
 
 def quote(word: str) -> str:
     """Return `word` for bash, on one line: some schedulers read every line of a script."""
-    if word.isprintable() or not any(c < " " or c in "\x7f\x85\u2028\u2029" for c in word):
+    if word.isprintable():
         return shlex.quote(word)
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
     coded = (c if c.isprintable() else "".join(map(_octal, _encode(c))) for c in escaped)

@@ -88,7 +88,7 @@ def job_id(pattern: str, output: str) -> str:
 
 def three_parts(time: str) -> int | None:
     """Return the seconds of H:MM:SS or D-H:MM:SS, which mean the same everywhere; else None."""
-    found = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]\d):([0-5]\d)", time)
+    found = re.fullmatch(r"(?:([0-9]{1,3})-)?([0-9]{1,4}):([0-5][0-9]):([0-5][0-9])", time)
     if found is None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
@@ -97,7 +97,7 @@ def three_parts(time: str) -> int | None:
 
 def parts(time: str, units: Sequence[int]) -> int | None:
     """Return the seconds of numbers between colons, the last in `units`[-1] seconds; else None."""
-    if not re.fullmatch(r"\d{1,6}(:[0-5]?\d)*", time) or time.count(":") >= len(units):
+    if not re.fullmatch(r"[0-9]{1,6}(:[0-5]?[0-9])*", time) or time.count(":") >= len(units):
         return None
     numbers = list(map(int, time.split(":")))
     return sum(n * unit for n, unit in zip(numbers, units[-len(numbers) :], strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpidl.cli.job import fill, settings
@@ -24,16 +23,15 @@ STATES = {"PENDING": "queued", "DEPEND": "queued", "PRIORITY": "queued", "SCHED"
 LATE = 30  # seconds: the ranks' own time limit ends so long before that of the job
 
 
-@dataclass(frozen=True)
 class Flux:
     """`launch/flux.sh`. What is to go on is submitted again."""
 
-    program: str = "flux"
-    script: str = "job.sh"
+    program = "flux"
+    script = "job.sh"
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds."""
-        found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([smhd]?)", time)
+        found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]+)?)([smhd]?)", time)
         seconds = int(float(found[1]) * UNITS[found[2]]) if found else base.three_parts(time)
         if not seconds:
             raise base.no_time(time, "minutes, 90s, 30m, 2h, 1d or H:MM:SS")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpidl.cli.schedulers import base
@@ -22,12 +21,11 @@ STATES = {"Created": "queued", "Suspended": "queued", "Restarting": "queued",
           "Running": "running", "Succeeded": "finished", "Failed": "failed"}  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Kubernetes:
     """`launch/mpijob.yaml`. The pod of the launcher is started again after status 75."""
 
-    program: str = "kubectl"
-    script: str = "job.yaml"
+    program = "kubectl"
+    script = "job.yaml"
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds: of the MPIJob, which is not started again after it."""
@@ -69,7 +67,8 @@ class Kubernetes:
             "- name: OMP_NUM_THREADS": json.dumps(str(job.cpus_per_rank)),
         }
         lines, part, value = [], "", None
-        text = (templates / "mpijob.yaml").read_text().replace(",\n", ", ")  # a list on one line
+        text = (templates / "mpijob.yaml").read_text()
+        text = re.sub(r',\n\s+"', ', "', text)  # a list on one line
         for line in text.splitlines():
             found = re.fullmatch(r"(\s*)(- )?([\w./]+):( +)([^#]*?)(\s+#.*)?", line)
             section = re.fullmatch(r"    (Launcher|Worker):", line)
@@ -92,7 +91,7 @@ class Kubernetes:
             lines.append(line if new is None else f"{indent}{key}:{gap}{new}{comment or ''}")
         at = next(i for i, line in enumerate(lines) if "cleanPodPolicy" in line)
         lines.insert(at, f"    activeDeadlineSeconds: {job.seconds}")
-        return "\n".join(lines[3:]) + "\n"
+        return "\n".join(line for line in lines if not line.startswith("#")) + "\n"
 
     def submit(self, folder: Path) -> str:
         """Submit, and return the name of the MPIJob."""

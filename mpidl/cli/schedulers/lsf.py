@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpidl.cli.job import fill, settings
@@ -22,12 +21,11 @@ STATES = {"PEND": "queued", "PSUSP": "queued", "USUSP": "queued", "SSUSP": "queu
           "EXIT": "failed"}  # fmt: skip
 
 
-@dataclass(frozen=True)
 class LSF:
     """`launch/lsf.sh`. LSF itself queues a job again that ends with status 75."""
 
-    program: str = "bsub"
-    script: str = "job.sh"
+    program = "bsub"
+    script = "job.sh"
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds; LSF itself counts minutes."""
@@ -38,8 +36,10 @@ class LSF:
 
     def check(self, job: Job) -> None:
         """Raise InvalidArgument for an array that LSF does not take."""
-        indices = r"[1-9]\d*(-\d+(:\d+)?)?"
-        if job.array is not None and not re.fullmatch(rf"{indices}(,{indices})*(%\d+)?", job.array):
+        indices = r"[1-9][0-9]*(-[0-9]+(:[0-9]+)?)?"
+        if job.array is not None and not re.fullmatch(
+            rf"{indices}(,{indices})*(%[0-9]+)?", job.array
+        ):
             raise InvalidArgument(f"array {job.array!r}: expected such as 1-10, 1,3,5 or 1-99%4")
 
     def render(self, job: Job, templates: Path) -> str:
@@ -72,7 +72,7 @@ class LSF:
     def submit(self, folder: Path) -> str:
         """Submit, and return the job's number."""
         printed = base.ask([self.program], cwd=folder, stdin=folder / self.script)
-        return base.job_id(r"^Job <(\d+)>", printed)
+        return base.job_id(r"^Job <([0-9]+)>", printed)
 
     def state(self, job_id: str) -> State:
         """Ask bjobs, of ended jobs too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpidl.cli.job import fill, settings
@@ -21,12 +20,11 @@ STATES = {"Q": "queued", "H": "queued", "W": "queued", "T": "queued", "S": "queu
           "U": "queued", "M": "queued", "R": "running", "E": "running", "B": "running"}  # fmt: skip
 
 
-@dataclass(frozen=True)
 class PBS:
     """`launch/pbs.sh`. What is to go on is submitted again: qrerun is for operators."""
 
-    program: str = "qsub"
-    script: str = "job.sh"
+    program = "qsub"
+    script = "job.sh"
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds."""
@@ -37,7 +35,9 @@ class PBS:
 
     def check(self, job: Job) -> None:
         """Raise InvalidArgument for an array that PBS does not take."""
-        if job.array is not None and not re.fullmatch(r"\d+-\d+(:\d+)?(%\d+)?", job.array):
+        if job.array is not None and not re.fullmatch(
+            r"[0-9]+-[0-9]+(:[0-9]+)?(%[0-9]+)?", job.array
+        ):
             raise InvalidArgument(f"array {job.array!r}: expected such as 0-9 or 0-9:3")
 
     def render(self, job: Job, templates: Path) -> str:
@@ -64,7 +64,7 @@ class PBS:
 
     def submit(self, folder: Path) -> str:
         """Submit, and return the job's id, such as 123.server or 123[].server."""
-        return base.job_id(r"^(\d+\S*)\s*$", base.ask([self.program, self.script], cwd=folder))
+        return base.job_id(r"^([0-9]+\S*)\s*$", base.ask([self.program, self.script], cwd=folder))
 
     def state(self, job_id: str) -> State:
         """Ask qstat, of ended jobs too."""
@@ -74,9 +74,9 @@ class PBS:
             if "nknown" in str(error):  # Unknown Job Id
                 return State("unknown", "unknown", "PBS has forgotten it")
             raise
-        found = dict(re.findall(r"^\s+(\S+) = (.*)$", told, re.MULTILINE))
-        word, status = found.get("job_state", "?"), found.get("Exit_status")
+        found: dict[str, str] = dict(re.findall(r"^\s+(\S+) = (.*)$", told, re.MULTILINE))
+        word, status = found.get("job_state", "?"), found.get("Exit_status", "")
         if word in STATES:
             return State(STATES[word], word, found.get("comment", found.get("exec_host", "")))
-        ended = {"0": "finished", None: "unknown"}.get(status, "failed")
+        ended = {"0": "finished", "": "unknown"}.get(status, "failed")
         return State(ended, word, f"exit status {status}" if status else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpidl.cli.job import fill, settings
@@ -25,17 +24,16 @@ STATES = {  # all others are ends that are failures
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Slurm:
     """`launch/slurm_cpu.sbatch`, and `slurm_gpu.sbatch` where GPUs are asked for."""
 
-    program: str = "sbatch"
-    script: str = "job.sh"
+    program = "sbatch"
+    script = "job.sh"
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds; SLURM itself counts minutes."""
         days, dash, rest = time.partition("-")
-        if dash and days.isdecimal() and len(days) < 4:
+        if dash and re.fullmatch(r"[0-9]{1,3}", days):
             rest = rest if ":" in rest else f"{rest}:0"
             found = base.parts(rest if rest.count(":") > 1 else f"{rest}:0", (3600, 60, 1))
             found = None if found is None else found + int(days) * 86400
@@ -43,14 +41,14 @@ class Slurm:
             found = base.three_parts(time)
             if found is None and time.count(":") < 2:
                 found = base.parts(time if ":" in time else f"{time}:0", (60, 1))
-        if not found or (dash and not days.isdecimal()):
+        if not found:
             raise base.no_time(time, FORMATS)
         return found
 
     def check(self, job: Job) -> None:
         """Raise InvalidArgument for what no node of the partition has."""
         if job.array is not None and not re.fullmatch(
-            r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", job.array
+            r"[0-9]+(-[0-9]+(:[0-9]+)?)?(,[0-9]+(-[0-9]+(:[0-9]+)?)?)*(%[0-9]+)?", job.array
         ):
             raise InvalidArgument(f"array {job.array!r}: expected such as 0-9, 1,3,5 or 0-99%4")
         try:
@@ -116,7 +114,7 @@ class Slurm:
     def submit(self, folder: Path) -> str:
         """Submit, and return the job's number."""
         printed = base.ask([self.program, "--parsable", self.script], cwd=folder)
-        return base.job_id(r"^(\d+)(?:;.*)?$", printed)
+        return base.job_id(r"^([0-9]+)(?:;.*)?$", printed)
 
     def state(self, job_id: str) -> State:
         """Ask scontrol, which knows of the last minutes, then the accounting."""
@@ -176,7 +174,7 @@ def _pairs(line: str) -> list[tuple[str, str]]:
 
 def _gpus(text: str) -> int:
     """Return the GPUs in a list of generic resources, such as "gpu:a100:4(S:0-1),nvme:1"."""
-    found = re.findall(r"(?:^|,)gpu(?::[^:,(]+)*?:(\d+)(?=[,(]|$)", text)
+    found = re.findall(r"(?:^|,)gpu(?::[^:,(]+)*?:([0-9]+)(?=[,(]|$)", text)
     return sum(map(int, found))
 
 

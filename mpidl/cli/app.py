@@ -66,6 +66,8 @@ def run(
 
     SCRIPT is a Python file, or any other program. A convenience: mpirun, mpiexec and srun
     work just as well.
+
+    Example: mpidl run -n 4 train.py --lr 0.1
     """
     library = _or_exit(launcher.find)
     environment = launcher.environment(library, ranks)
@@ -87,7 +89,10 @@ def run(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show which MPI, launcher, cores and GPUs there are, and what is missing."""
+    """Show which MPI, launcher, cores and GPUs there are, and what is missing.
+
+    Example: mpidl doctor --json
+    """
     report = checking.examine()
     checking.show(report, as_json=as_json)
     raise typer.Exit(0 if report.healthy else 1)
@@ -100,7 +105,10 @@ def copy(
     ] = None,
     to: Annotated[Path, typer.Option(help="The folder that gets them.")] = Path(),
 ) -> None:
-    """Copy the examples and launch templates that come with mpidl; list them without a name."""
+    """Copy the examples and launch templates that come with mpidl; list them without a name.
+
+    Example: mpidl copy examples launch/slurm_cpu.sbatch --to mine
+    """
     if not names:
         print("\n".join(copying.available()))
         return

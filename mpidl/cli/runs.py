@@ -62,13 +62,22 @@ def progress(folder: Path) -> dict[str, Any] | None:
 
 
 def find(text: str) -> Path | None:
-    """Return the run folder that `text` names: a path, a folder's name in runs/, or a job's id."""
+    """Return the run folder that `text` names.
+
+    It is a path, a folder's name in runs/, a job's id, or a job's name: then the newest.
+    """
     for path in (Path(text), FOLDER / text):
         if path.is_dir():
             return path
     for record in listed():
         first = (_json(record.folder / RECORD) or {}).get("job", "")
-        if text in (record.job, first, record.job.split(".")[0], str(first).split(".")[0]):
+        if text in (
+            record.name,
+            record.job,
+            first,
+            record.job.split(".")[0],
+            str(first).split(".")[0],
+        ):
             return record.folder
     return None
 

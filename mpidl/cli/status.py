@@ -23,7 +23,8 @@ ENDS = {"finished": 0, "failed": 1, "unknown": 0}  # exit statuses of --watch
 
 def status(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB|FOLDER]", help="Default: all runs in runs/.")
+        str | None,
+        typer.Argument(metavar="[JOB|NAME|FOLDER]", help="Default: all runs in runs/."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[
@@ -33,7 +34,7 @@ def status(
 ) -> None:
     """Show the state of a job, its step, loss, samples per second, and how often it was requeued.
 
-    Example: mpidl status --watch runs/train-20260131-120000
+    Example: mpidl status --watch train
     """
     if job is None:
         found = [_look(record) for record in runs.listed()]

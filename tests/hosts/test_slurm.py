@@ -27,7 +27,7 @@ TRAIN = """
 import json, os, time
 import numpy as np
 import mpidl
-from mpidl import nn, optim
+from mpidl import data, nn, optim
 
 def loss(output, target):
     time.sleep(float(os.environ.get("PAUSE", 0)))
@@ -38,7 +38,8 @@ nn.seed(0)
 model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
 x = np.random.default_rng(0).standard_normal((240, 8)).astype(np.float32)
 trainer = mpidl.Trainer(model, loss, optim.Adam(1e-2), microbatches=4, metrics={})
-history = trainer.fit((x, np.arange(240) % 3), epochs=5, batch_size=24)
+samples = data.ArrayDataset(x, np.arange(240) % 3)
+history = trainer.fit(samples, epochs=5, batch_size=24)
 if world.rank == 0:
     print("result", world.size, world.nodes, json.dumps([epoch.loss for epoch in history]))
 """

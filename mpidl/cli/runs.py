@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from mpidl.cli.schedulers.base import SchedulerFailed
 FOLDER = Path("runs")  # below where jobs are submitted
 RECORD = "job.json"  # what was submitted
 LOG = "jobs.log"  # one line for each start, by the job script
+ID = re.compile(r"[^\W_][\w.\[\]-]*")  # of a job: 123, 123[].server, f2xyz
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Record:
     name: str
     submitted: str
     array: str | None
-    starts: int  #: how often it was started
+    starts: int  #: how often one was started
 
 
 def read(folder: Path) -> Record | None:
@@ -35,17 +37,18 @@ def read(folder: Path) -> Record | None:
     given = _json(folder / RECORD)
     if given is None or given.get("scheduler") not in SCHEDULERS:
         return None
-    job, starts = str(given.get("job")), 0
+    job = str(given.get("job"))
+    if not ID.fullmatch(job):  # it becomes an argument of the scheduler's commands
+        return None
     submitted = str(given.get("submitted", ""))
     for line in _lines(folder / LOG):
         when, _, rest = line.partition(" ")
         what, _, number = rest.partition(" ")
-        starts += what == "started"
         # where an earlier job had this folder, its lines are older
-        if number and given.get("array") is None and when[:19] >= submitted[:19]:
-            job = number if what == "queued" else job
+        if what == "queued" and ID.fullmatch(number) and when[:19] >= submitted[:19]:
+            job = number if given.get("array") is None else job
     name, array = str(given.get("name", "")), given.get("array")
-    return Record(folder, job, given["scheduler"], name, submitted, array, starts)
+    return Record(folder, job, given["scheduler"], name, submitted, array, len(starts(folder)))
 
 
 def state(record: Record) -> State | None:
@@ -58,7 +61,15 @@ def state(record: Record) -> State | None:
 
 def progress(folder: Path) -> dict[str, Any] | None:
     """Return what the `Trainer` of a run wrote last: see `mpidl.run_folder`."""
-    return _json(folder / "state.json")
+    found = _json(folder / "state.json") or {}
+    numbers = ("time", "step", "steps", "epoch", "epochs", "samples_per_second")
+    return found if all(isinstance(found.get(name), (int, float)) for name in numbers) else None
+
+
+def starts(folder: Path) -> list[str]:
+    """Return the ids of the jobs that were started for a run."""
+    found = (line.split() for line in _lines(folder / LOG))
+    return [words[2] for words in found if words[1:2] == ["started"] and len(words) == 3]
 
 
 def find(text: str) -> Path | None:

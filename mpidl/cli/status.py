@@ -17,6 +17,7 @@ from mpidl.cli.schedulers.base import SchedulerFailed, State
 if TYPE_CHECKING:
     from mpidl.cli.runs import Record
 
+COLUMNS = 80
 LATE_SECONDS = 120  # without news of a run that is said to run
 ENDS = {"finished": 0, "failed": 1, "unknown": 0}  # exit statuses of --watch
 
@@ -28,7 +29,7 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again when it changes, until the job ends.")
+        bool, typer.Option("--watch", help="A line for each change, until the job ends.")
     ] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 5.0,
 ) -> None:
@@ -47,12 +48,14 @@ def status(
         if now is None:
             print(f"mpidl: no run folder and no job {job!r}", file=sys.stderr)
             raise typer.Exit(2)
-        line = json.dumps(now) if as_json else _text(now)
-        if line != before:
-            print(line, flush=True)
-        before = line
-        if not watch or now["state"] in ENDS:
+        ended = not watch or now["state"] in ENDS
+        if as_json or before is None or ended:
+            print(json.dumps(now) if as_json else _text(now), flush=True)
+        elif (line := _line(now)) != before:
+            print(_cut(f"{time.strftime('%H:%M:%S')}  {line}", COLUMNS), flush=True)
+        if ended:
             raise typer.Exit(ENDS.get(now["state"], 0) if watch else 0)
+        before = _line(now)
         time.sleep(every)
 
 
@@ -61,12 +64,12 @@ def _of_folder(folder: Path) -> dict[str, Any] | None:
     if record is not None:
         return _look(record)
     progress = runs.progress(folder)  # of a job script that was submitted by hand
-    starts = [line for line in runs._lines(folder / runs.LOG) if " started " in line]
+    starts = runs.starts(folder)
     if progress is None and not starts:
         return None
     return {
         "folder": str(folder),
-        "job": starts[-1].split()[-1] if starts else None,
+        "job": starts[-1] if starts else None,
         "state": (progress or {}).get("state", "unknown"),
         "requeues": max(0, len(starts) - 1),
         "progress": progress,
@@ -120,7 +123,7 @@ def _short(one: dict[str, Any]) -> str:
     progress = one["progress"] or {}
     step = f"step {progress['step']} of {progress['steps']}" if "step" in progress else ""
     name = Path(one["folder"]).name
-    return f"{one['job']:<10} {one['state']:<8} {_cut(name, 36):<36} {step}"[:80].rstrip()
+    return _cut(f"{one['job']:<10} {one['state']:<8} {_cut(name, 36):<36} {step}".rstrip(), COLUMNS)
 
 
 def _text(one: dict[str, Any]) -> str:
@@ -139,19 +142,26 @@ def _text(one: dict[str, Any]) -> str:
     for index, progress in one.get("jobs", {}).items():
         first = (_progress(progress) or ["          nothing yet"])[0]
         lines.append(f"{index:<9} {first[10:]}")
-    return "\n".join(_cut(line, 80) for line in lines)
+    return "\n".join(_cut(line, COLUMNS) for line in lines)
+
+
+def _line(one: dict[str, Any]) -> str:
+    """Return what changes while a job is watched."""
+    requeued = f", requeued {one['requeues']}" if one.get("requeues") else ""
+    lines = _progress(one.get("progress"))
+    return f"{one['state']}{requeued}" + (f", {lines[0][10:]}" if lines else "")
 
 
 def _progress(progress: dict[str, Any] | None) -> list[str]:
     if not progress:
         return []
-    loss, rate = progress.get("loss"), progress.get("samples_per_second") or 0
+    loss, rate = progress.get("loss"), progress["samples_per_second"]
     shown = f"{loss:.4f}" if isinstance(loss, float) else loss
     lines = [
-        f"training  step {progress.get('step')} of {progress.get('steps')}, epoch "
-        f"{progress.get('epoch')} of {progress.get('epochs')}, loss {shown}, {rate:,.0f} samples/s"
+        f"training  step {progress['step']} of {progress['steps']}, epoch {progress['epoch']} of "
+        f"{progress['epochs']}, loss {shown}, {rate:,.0f} samples/s"
     ]
-    since = time.time() - float(progress.get("time", 0))
+    since = time.time() - progress["time"]
     if progress.get("state") != "running":
         lines.append(f"          {progress.get('state')}")
     elif since > LATE_SECONDS:
@@ -160,7 +170,8 @@ def _progress(progress: dict[str, Any] | None) -> list[str]:
 
 
 def _cut(text: str, width: int) -> str:
-    """Return `text` in at most `width` columns, its middle left out."""
+    """Return `text` in at most `width` columns, its middle left out; it may be anybody's."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
     if len(text) <= width:
         return text
     return f"{text[: width // 2 - 2]}...{text[len(text) - (width - width // 2 - 1) :]}"

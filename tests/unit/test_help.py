@@ -39,8 +39,12 @@ def test_every_command_has_an_example(words: tuple[str, ...]) -> None:
 def test_the_shell_completes() -> None:
     """As the function that `mpidl --install-completion` gives to bash asks for it."""
     asks = {"_MPIDL_COMPLETE": "complete_bash", "COMP_WORDS": "mpidl su", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv[0] = 'mpidl'; import mpidl.cli; mpidl.cli.main()"
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[0] = 'mpidl'; import mpidl.cli; mpidl.cli.main()"],
-        env={**os.environ, **asks}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**os.environ, **asks},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.split() == ["submit"], done

@@ -223,6 +223,45 @@ def test_watching_ends_with_the_job(state: str, code: int) -> None:
     assert status("--watch", "5", code=code).startswith("job       5, f")
 
 
+def test_what_changes_is_told_while_it_is_watched() -> None:
+    folder = a_run()
+    stand_in("scontrol", "JobState=RUNNING RunTime=1 TimeLimit=2 NodeList=n")
+    # the stand-in makes a step each time it is asked
+    step = 'n=$(wc -l < calls); echo "{\\"time\\": 1, \\"step\\": $((n / 2)), \\"steps\\": 9, '
+    step += '\\"epoch\\": 1, \\"epochs\\": 1, \\"samples_per_second\\": 1}" > state.json'
+    done = "((n < 6)) || echo JobState=COMPLETED ExitCode=0:0 > said"
+    path = Path("bin/scontrol")
+    text = path.read_text().replace("cat ", f"cd {Path.cwd()}; {step}; {done}; cat ")
+    path.write_text(text.replace("> state.json", f"> {folder}/state.json"))
+    lines = status("--watch", "--every", "0.1", "5").splitlines()
+    changes = [line.split("  ", 1)[1] for line in lines if line[2:3] == ":"]
+    assert [line.split(", epoch")[0] for line in changes] == [
+        "running, step 1 of 9",
+        "running, step 2 of 9",
+    ]
+    assert [line for line in lines if line.startswith("job ")] == [
+        "job       5, running",
+        "job       5, finished (COMPLETED)",
+    ]
+
+
+@pytest.mark.parametrize("job", ["--help", "", "5 6", "5;6", "\n"])
+def test_a_foreign_folder_gives_no_options_to_the_scheduler(job: str) -> None:
+    stand_in("scontrol", "JobState=RUNNING")
+    folder = a_run(job=job)
+    status(str(folder), code=2)
+    assert not Path("calls").exists()
+
+
+def test_a_foreign_folder_moves_no_cursor() -> None:
+    stand_in("scontrol", "JobState=RUNNING NodeList=\x1b[2J")
+    folder = a_run()
+    (folder / "state.json").write_text(json.dumps({**STATE, "loss": "\x1b[31m"}))
+    assert "loss ?[31m" in status("5")
+    (folder / "state.json").write_text(json.dumps({**STATE, "step": "\x1b[31m"}))
+    assert "training" not in status("5")
+
+
 def test_what_is_no_job() -> None:
     status("nothing", code=2)
     folder = Path("runs/by-hand")

@@ -138,7 +138,7 @@ def _text(one: dict[str, Any]) -> str:
     if one.get("requeues"):
         lines.append(f"requeued  {one['requeues']} times" if one["requeues"] > 1 else
                      "requeued  once")  # fmt: skip
-    lines += _progress(one.get("progress"))
+    lines += _progress(one.get("progress"), one["state"])
     for index, progress in one.get("jobs", {}).items():
         first = (_progress(progress) or ["          nothing yet"])[0]
         lines.append(f"{index:<9} {first[10:]}")
@@ -152,7 +152,7 @@ def _line(one: dict[str, Any]) -> str:
     return f"{one['state']}{requeued}" + (f", {lines[0][10:]}" if lines else "")
 
 
-def _progress(progress: dict[str, Any] | None) -> list[str]:
+def _progress(progress: dict[str, Any] | None, known: str = "") -> list[str]:
     if not progress:
         return []
     loss, rate = progress.get("loss"), progress["samples_per_second"]
@@ -162,9 +162,10 @@ def _progress(progress: dict[str, Any] | None) -> list[str]:
         f"{progress['epochs']}, loss {shown}, {rate:,.0f} samples/s"
     ]
     since = time.time() - progress["time"]
-    if progress.get("state") != "running":
-        lines.append(f"          {progress.get('state')}")
-    elif since > LATE_SECONDS:
+    state = progress.get("state")
+    if state not in ("running", known):
+        lines.append(f"          {state}")
+    elif state == "running" and since > LATE_SECONDS:
         lines.append(f"          no news for {since:,.0f} s")
     return lines
 

@@ -43,6 +43,7 @@ echo "$(date -u +%FT%TZ) started $LSB_JOBID" >> "$MPIDL_OUT/jobs.log"    # for m
 # Each rank sees one GPU: of those of the job, the one of its number on the node.
 # shellcheck disable=SC2016  # the rank's shell expands it
 one_gpu=(bash -c 'rank=${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-0}}
+case $rank in "" | *[!0-9]*) echo "$rank is no number of a rank" >&2; exit 2 ;; esac
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$rank}"
 CUDA_VISIBLE_DEVICES=${gpus[rank % ${#gpus[@]}]} exec "$@"' rank)
 if ((gpus_per_node == 0)); then one_gpu=(); fi

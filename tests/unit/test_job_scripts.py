@@ -173,3 +173,11 @@ def test_each_rank_sees_one_gpu(visible: str, rank: str, expected: str, tmp_path
     settings["SHOWN"] = "CUDA_VISIBLE_DEVICES"
     process = start(LAUNCH / "slurm_gpu.sbatch", "slurm", ranks, tmp_path, **settings)
     assert finish(process, tmp_path) == (0, [expected])
+
+
+@pytest.mark.parametrize("rank", ["", "x[$(touch gone)]", "-1", "1 2"])
+def test_what_is_no_rank_is_not_computed_with(rank: str, tmp_path: Path) -> None:
+    ranks = '#!/bin/bash\ntouch "$LOG.started"; shift 3\nexec "${@:1:4}" true\n'
+    process = start(LAUNCH / "slurm_gpu.sbatch", "slurm", ranks, tmp_path, SLURM_LOCALID=rank)
+    assert finish(process, tmp_path) == (2, [])
+    assert list(tmp_path.rglob("gone")) == []

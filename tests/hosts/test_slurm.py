@@ -147,7 +147,7 @@ def test_from_the_readme_to_a_job_that_went_on(cluster: Cluster) -> None:
     after = cluster.wait("train", lambda found: found["requeues"] == 1 and steps(found) > 0)
     assert after["job"] == number
     shown = cluster.does(*status.split())  # watches until it is over
-    assert "job       " + number + ", finished\n" in shown
+    assert f"job       {number}, finished" in shown
     assert shown.splitlines()[-1].startswith("training  step 50 of 50, epoch 5 of 5, "), shown
     assert "requeued  once" in shown
     assert max(map(len, shown.splitlines())) <= 80

@@ -262,6 +262,7 @@ def _hand_over(job: Job, kind: str, system: Scheduler, text: str) -> None:
         script = job.folder / system.script
         runs.write(script, text, mode=0o700)
         job_id = system.submit(job.folder)
+        print(f"job {job_id}", flush=True)
         record = {
             "job": job_id,
             "scheduler": kind,
@@ -278,7 +279,6 @@ def _hand_over(job: Job, kind: str, system: Scheduler, text: str) -> None:
     except OSError as error:
         raise InvalidArgument(f"cannot write the run folder {job.folder}: {error}") from error
     shown = os.path.relpath(job.folder)
-    print(f"job {job_id}")
     print(f"follow it: mpidl status --watch {quote(shown)}", file=sys.stderr)
 
 

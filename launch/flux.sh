@@ -30,6 +30,7 @@ stop_seconds=90  # so long before that the ranks get a signal
 export MPIDL_FIRST=${MPIDL_FIRST:-$(flux getattr jobid)}
 run=$PWD/runs/$MPIDL_FIRST
 export MPIDL_OUT=$run
+starts=100  # of one run, at most
 (umask 077 && mkdir -p "$MPIDL_OUT")  # it holds checkpoints: for nobody else
 echo "$(date -u +%FT%TZ) started $(flux getattr jobid)" >> "$MPIDL_OUT/jobs.log"  # for mpidl status
 
@@ -43,6 +44,10 @@ command=(python -m mpi4py examples/digits_mlp.py --strategy ring)
 
 status=0
 "${launcher[@]}" "${container[@]}" "${command[@]}" || status=$?
+if ((status == 75 && $(grep -c " started " "$MPIDL_OUT/jobs.log") >= starts)); then
+    echo "started $starts times, and no end: not again" >&2
+    status=1
+fi
 if ((status == 75)); then  # in the next job all goes on from there, bit for bit
     cd "$from"
     job=$(flux --parent batch "$script")

@@ -36,6 +36,7 @@ run=$PWD/runs/$LSB_JOBID
 index=${LSB_JOBINDEX:-0}
 if ((index == 0)); then index=; fi  # 0 means: no array
 export MPIDL_OUT=$run${index:+/$index}
+starts=100  # of one run, at most
 (umask 077 && mkdir -p "$MPIDL_OUT")  # it holds checkpoints: for nobody else
 exec >> "$MPIDL_OUT/job.log" 2>&1  # LSF would show it at the end of the job
 echo "$(date -u +%FT%TZ) started $LSB_JOBID" >> "$MPIDL_OUT/jobs.log"    # for mpidl status
@@ -66,4 +67,8 @@ while ((status == 128 + 10)); do  # the signal has ended no more than this waiti
     status=0
     wait $! || status=$?
 done
+if ((status == 75 && $(grep -c " started " "$MPIDL_OUT/jobs.log") >= starts)); then
+    echo "started $starts times, and no end: not again" >&2
+    status=1
+fi
 exit $status

@@ -32,6 +32,7 @@ first=${MPIDL_FIRST:-${PBS_JOBID%%[.[]*}}
 index=${MPIDL_INDEX:-${PBS_ARRAY_INDEX:-}}
 run=$PWD/runs/$first
 export MPIDL_OUT=$run${index:+/$index}
+starts=100  # of one run, at most
 (umask 077 && mkdir -p "$MPIDL_OUT")  # it holds checkpoints: for nobody else
 exec >> "$MPIDL_OUT/job.log" 2>&1  # PBS would show it at the end of the job
 echo "$(date -u +%FT%TZ) started $PBS_JOBID" >> "$MPIDL_OUT/jobs.log"    # for mpidl status
@@ -56,6 +57,10 @@ echo "$ranks ranks: $hosts"
 status=0
 timeout --foreground --preserve-status --signal=USR1 "$train_seconds" \
     "${launcher[@]}" "${one_gpu[@]}" "${container[@]}" "${command[@]}" || status=$?
+if ((status == 75 && $(grep -c " started " "$MPIDL_OUT/jobs.log") >= starts)); then
+    echo "started $starts times, and no end: not again" >&2
+    status=1
+fi
 if ((status == 75)); then  # qrerun is for operators. What is started again is no array.
     cd "$PBS_O_WORKDIR"
     again=MPIDL_FIRST=$first${index:+,MPIDL_INDEX=$index}

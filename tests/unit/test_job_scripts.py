@@ -181,3 +181,19 @@ def test_what_is_no_rank_is_not_computed_with(rank: str, tmp_path: Path) -> None
     process = start(LAUNCH / "slurm_gpu.sbatch", "slurm", ranks, tmp_path, SLURM_LOCALID=rank)
     assert finish(process, tmp_path) == (2, [])
     assert list(tmp_path.rglob("gone")) == []
+
+
+@pytest.mark.parametrize("before", [98, 99])
+@pytest.mark.parametrize(
+    "name", ["slurm_cpu.sbatch", "slurm_gpu.sbatch", "pbs.sh", "lsf.sh", "flux.sh"]
+)
+def test_a_run_that_comes_to_no_end_is_given_up(name: str, before: int, tmp_path: Path) -> None:
+    system = name.split(".")[0].split("_")[0]
+    run = tmp_path / ("runs/f17" if system == "flux" else "runs/17")
+    run.mkdir(parents=True)
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    (run / "jobs.log").write_text("2026-01-02T03:04:05Z started 1\n" * before)
+    status, log = finish(start(LAUNCH / name, system, ENDS + "75", tmp_path), tmp_path)
+    assert status == (75 if before == 98 else 1)
+    again = [line for line in log if not line.startswith("flux run")]
+    assert len(again) == (before == 98 and system != "lsf")

@@ -92,6 +92,11 @@ def faults() -> str | None:
     return os.environ.get("MPIDL_FAULTS") or None
 
 
+def out() -> str | None:
+    """MPIDL_OUT: the folder of this job, where a `Trainer` writes by default; None of no job."""
+    return os.environ.get("MPIDL_OUT") or None
+
+
 def attempt() -> int:
     """MPIDL_ATTEMPT: how often that run was started before."""
     value = os.environ.get("MPIDL_ATTEMPT", "")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mpidl import codecs, data, exact, nn, progress, replacement, signals
+from mpidl import codecs, data, exact, job_folder, nn, progress, replacement, signals
 from mpidl.array import is_device
 from mpidl.data.batches import size_in
 from mpidl.done import Done
@@ -72,7 +72,8 @@ class Trainer:
         resume: "auto" goes on from the newest complete one in `checkpoint`, if any, with a warning
             for a damaged one: `fit` then returns also what was done before. True if there must be
             one, or a path; False begins anew.
-        out: folder for `config.json` and `metrics.jsonl`, written by rank 0, whose word counts.
+        out: folder for `config.json`, `metrics.jsonl`, `state.json`; rank 0 writes, and its word
+            counts. In a job MPIDL_OUT is the default of this and `checkpoint`: `job_folder`.
         settings: what else `config.json` is to hold.
         quiet: show no progress.
         elastic: go on when ranks are killed, with others as `world` and `replica`: `mpidl.elastic`.
@@ -109,10 +110,10 @@ class Trainer:
     ) -> None:
         self.world = replacement.own(world or current())
         self.model, self.loss = model, loss
-        if metrics is None:
-            metrics = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
+        usual = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
         with self.world.together():
-            self.metrics, self.settings = dict(metrics), dict(settings or {})
+            self.metrics = dict(usual if metrics is None else metrics)
+            self.settings = dict(settings or {})
             elastic = bool(elastic)
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
@@ -132,10 +133,10 @@ class Trainer:
         self.optimizer, self.microbatches = optimizer, microbatches
         self.replicate()
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
-        self.out, self.quiet = out, quiet
-        self.epochs = 0  #: done so far, in all calls of `fit`
+        self.out, checkpoint = job_folder.defaults(self.world, out, checkpoint)
+        self.quiet, self.epochs = quiet, 0  #: epochs done so far, in all calls of `fit`
         self._folder: RunFolder | None = None
-        self.done = Done()
+        self.done, self.losses = Done(), LossSum()  #: before this epoch; of its steps, so far
         self.saver: Saver | None = None
         self.memory: Saver | None = None  #: of snapshots, with `elastic`
         self.begins = False  #: whether `memory` has none of this `fit`
@@ -214,9 +215,8 @@ class Trainer:
                 microbatches=self.microbatches,
             )
 
-        asked = epochs  # what another run has done is not done again
-        history = [Epoch(**done) for done in self.done.take(epochs)]
-        epochs -= len(history)
+        history = [Epoch(**done) for done in self.done.take(epochs)]  # is not done again
+        asked, epochs = epochs, epochs - len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
         steps = sum(map(len, ahead))
@@ -225,10 +225,10 @@ class Trainer:
         if not callable(batch_size):
             batch_size = first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        with (
-            progress.make(steps, shown=self.world.rank == 0 and not self.quiet) as shown,
-            signals.watching() if self.saver is not None else nullcontext(),
-        ):
+        shown = progress.make(steps, shown=self.world.rank == 0 and not self.quiet)
+        if folder is not None:
+            shown = folder.follow(shown, self, ahead)
+        with shown, signals.watching() if self.saver is not None else nullcontext():
             if not self.epochs or self.done.told:
                 shown.line(progress.introduction(self.world, self.replica.choice, self.done))
             for this in ahead:
@@ -277,7 +277,7 @@ class Trainer:
             self.memory.begin(self.done.position)
             self.begins = False
         batches, before, spent = self.done.begin(batches)
-        losses = LossSum(before if self.world.rank == 0 else ())
+        self.losses = losses = LossSum(before if self.world.rank == 0 else ())
         self.model.train()
         joins = any(module.sync for module in self.model.modules())
         start = time.perf_counter() - spent

@@ -17,6 +17,8 @@ from mpidl.cli import attend, bench, launcher, places
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
+from mpidl.cli import status as following
+from mpidl.cli import submit as submission
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -26,12 +28,15 @@ T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Data-parallel training over MPI.",
 )
 app.add_typer(bench.app, name="bench")
 app.command()(planning.plan)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
+    submission.submit
+)
+app.command()(following.status)
 
 
 @app.callback(invoke_without_command=True)
@@ -87,7 +92,7 @@ def run(
     SCRIPT is a Python file, or any other program. A convenience: mpirun, mpiexec and srun
     work just as well; but they end where a host dies.
 
-    mpidl run -n 4 train.py
+    Example: mpidl run -n 4 train.py --lr 0.1
 
     mpidl run --hosts a:4,b:4 train.py
 
@@ -143,7 +148,10 @@ def run(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show which MPI, launcher, cores and GPUs there are, and what is missing."""
+    """Show which MPI, launcher, cores and GPUs there are, and what is missing.
+
+    Example: mpidl doctor --json
+    """
     report = checking.examine()
     checking.show(report, as_json=as_json)
     raise typer.Exit(0 if report.healthy else 1)
@@ -156,7 +164,10 @@ def copy(
     ] = None,
     to: Annotated[Path, typer.Option(help="The folder that gets them.")] = Path(),
 ) -> None:
-    """Copy the examples and launch templates that come with mpidl; list them without a name."""
+    """Copy the examples and launch templates that come with mpidl; list them without a name.
+
+    Example: mpidl copy examples launch/slurm_cpu.sbatch --to mine
+    """
     if not names:
         print("\n".join(copying.available()))
         return

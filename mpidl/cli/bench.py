@@ -63,6 +63,8 @@ def engine(
     """Compare the built-in engine with PyTorch eager (if installed), both on one thread.
 
     Step time of three models (medians), peak memory, and the time of an operation on 10 elements.
+
+    Example: mpidl bench engine --models mlp
     """
     _tell(_or_exit(partial(engine_bench.run, turns, models.split(","))), engine_bench.show, as_json)
 
@@ -89,6 +91,8 @@ def allreduce(
     The time to average one gradient over all ranks, one thread each. Gloo is PyTorch's; what is
     not installed is left out. A wrong mean ends the benchmark. Between nodes the wire's speed
     takes the memory's place.
+
+    Example: mpidl bench allreduce -n 2 --sizes 4KiB,64MiB
     """
     wanted = _or_exit(partial(allreduce_bench.parse_sizes, sizes))
     options = {"codecs": _or_exit(partial(coded.parse, codecs))}
@@ -131,6 +135,8 @@ def step(
 
     Every strategy, and PyTorch's DistributedDataParallel (if installed), one thread a rank; where
     the time goes; and the memory that training the largest model takes on all ranks together.
+
+    Example: mpidl bench step -n 2 --framework torch
     """
     names = [name for name in methods.split(",") if name] or None
     options = {"codecs": _or_exit(partial(coded.parse, codecs)), "samples": samples}
@@ -151,7 +157,10 @@ def plan(
     as_json: AsJson = False,
     turns: Turns = plan_bench.TURNS,
 ) -> None:
-    """Compare what `mpidl plan --measure` predicts with what is measured, on the same hosts."""
+    """Compare what `mpidl plan --measure` predicts with what is measured, on the same hosts.
+
+    Example: mpidl bench plan --hosts a:2,b:2
+    """
     wanted = _or_exit(partial(allreduce_bench.parse_sizes, sizes))
     places = _or_exit(partial(launcher.parse_hosts, hosts))
     report = _or_exit(partial(plan_bench.run, places, wanted, turns))
@@ -168,7 +177,10 @@ def scaling(
     plot: Plot = None,
     turns: Turns = scaling_bench.TURNS,
 ) -> None:
-    """Train one model on more and more ranks: with one global batch, and with one on each rank."""
+    """Train one model on more and more ranks: with one global batch, and with one on each rank.
+
+    Example: mpidl bench scaling --ranks 1,2 --plot scaling.png
+    """
     numbers = _or_exit(partial(scaling_bench.parse_ranks, ranks))
     _check_plot(plot)
     report = _or_exit(partial(scaling_bench.run, numbers, model, turns))
@@ -179,7 +191,10 @@ def scaling(
 
 @app.command()
 def start(ranks: Ranks = None, as_json: AsJson = False, turns: Turns = start_bench.TURNS) -> None:
-    """Time a whole job of five small steps, from its start to its end."""
+    """Time a whole job of five small steps, from its start to its end.
+
+    Example: mpidl bench start -n 4
+    """
     _tell(_or_exit(partial(start_bench.run, ranks or RANKS, turns)), start_bench.show, as_json)
 
 
@@ -191,7 +206,10 @@ def stragglers(
     ] = stragglers_bench.SLOW_DOWN,
     as_json: AsJson = False,
 ) -> None:
-    """Let one rank compute more slowly, and see what it costs the others."""
+    """Let one rank compute more slowly, and see what it costs the others.
+
+    Example: mpidl bench stragglers -n 3
+    """
     report = _or_exit(partial(stragglers_bench.run, ranks or RANKS, slow_down))
     _tell(report, stragglers_bench.show, as_json)
 

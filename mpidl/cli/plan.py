@@ -65,6 +65,8 @@ def plan(
 
     From what the strategies send, and an alpha-beta-gamma model of the machine. What it assumes
     stands in docs/plan.md.
+
+    Example: mpidl plan --params 42e6 --step-ms 220 --ranks 8,64 --rate 100gbit
     """
 
     def predicted() -> dict[str, Any]:

@@ -92,3 +92,13 @@ def test_a_setting_is_for_its_context_only(monkeypatch: pytest.MonkeyPatch) -> N
     with config.setting("MPIDL_TEST_SETTING", "a"):
         assert os.environ["MPIDL_TEST_SETTING"] == "the user's"
     assert os.environ["MPIDL_TEST_SETTING"] == "the user's"
+
+
+@pytest.mark.parametrize(("value", "folder"), [("/runs/a", "/runs/a"), ("", None), (None, None)])
+def test_the_folder_of_a_job(
+    value: str | None, folder: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MPIDL_OUT", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MPIDL_OUT", value)
+    assert config.out() == folder

@@ -60,6 +60,7 @@ LEVELS = {
     "strategies": 3,
     "local_steps": 4,
     "loss_sum": 4,
+    "job_folder": 4,
     "done": 4,
     "elastic": 4,
     "evaluation": 4,

@@ -47,12 +47,14 @@ class Slow(data.ArrayDataset):
 nn.seed(1)
 model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
 trainer = mpidl.Trainer(
-    model, nn.cross_entropy, optim.Adam(1e-3), microbatches=4, quiet=True, checkpoint="run"
+    model, nn.cross_entropy, optim.Adam(1e-3), microbatches=4, quiet=True, KEPT
 )
 trainer.fit(Slow(x, y), 10, 50, seed=2)
 if world.rank == 0:
     print(world.size, repr(sum(float(abs(v).sum()) for v in model.state_dict().values())))
 """
+KEPT = {"disk": 'checkpoint="run"', "memory": "elastic=True"}
+ON_DISK = TRAIN.replace("KEPT", KEPT["disk"])
 # Each rank writes as long as it may, whatever has become of the others: ATTEMPT RANK TIME.
 WRITE = """
 import os, time
@@ -97,7 +99,7 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("alone")
-    line = (sys.executable, job.script(folder, TRAIN))
+    line = (sys.executable, job.script(folder, ON_DISK))
     result = job.execute("openmpi", *line, cwd=folder, MPIDL_ATTEMPT="0")
     assert result.status == 0, result
     return result.output.split()[1]
@@ -107,23 +109,24 @@ soak = pytest.mark.soak
 
 
 @pytest.mark.parametrize(
-    ("mpi", "fault", "options"),
+    ("mpi", "fault", "kept", "options"),
     [
-        ("openmpi", "kill", []),
-        pytest.param("mpich", "crash", [], marks=soak),
-        pytest.param("mpich", "kill", [], marks=soak),
-        pytest.param("openmpi", "crash", [], marks=soak),
-        pytest.param("openmpi", "crash", ["--elastic"], marks=soak),
-        pytest.param("openmpi", "cut", [], marks=soak),
-        pytest.param("mpich", "cut", [], marks=soak),
+        ("openmpi", "kill", "disk", []),
+        ("mpich", "crash", "memory", []),
+        pytest.param("mpich", "crash", "disk", [], marks=soak),
+        pytest.param("mpich", "kill", "memory", [], marks=soak),
+        pytest.param("openmpi", "crash", "disk", [], marks=soak),
+        pytest.param("openmpi", "crash", "memory", ["--elastic"], marks=soak),
+        pytest.param("openmpi", "cut", "memory", [], marks=soak),
+        pytest.param("mpich", "cut", "disk", [], marks=soak),
     ],
     indirect=["mpi"],
 )
 def test_a_host_is_lost(
-    mpi: str, fault: str, options: list[str], expected: str, hosts: Up, tmp_path: Path
+    mpi: str, fault: str, kept: str, options: list[str], expected: str, hosts: Up, tmp_path: Path
 ) -> None:
     two = hosts(2)
-    process = start(two, mpi, tmp_path, TRAIN, *options)
+    process = start(two, mpi, tmp_path, TRAIN.replace("KEPT", KEPT[kept]), *options)
     wait_for(lambda: any(int(line[3]) > 20 for line in lines(tmp_path)), process, 40)
     begin = time.time()
     two.do(fault, "t1")
@@ -137,9 +140,9 @@ def test_a_host_is_lost(
     # the first is noted before a step, and the step that follows is complete when another one is
     steps = sorted({int(line[3]) for line in lines(tmp_path) if line[0] == "1"})
     again = min(float(li[4]) for li in lines(tmp_path) if li[0] == "1" and int(li[3]) == steps[1])
-    print(f"{mpi} {fault} {' '.join(options)}: {again - begin:.1f} s")
+    print(f"{mpi} {fault} {kept} {' '.join(options)}: {again - begin:.1f} s")
     assert again - begin < RECOVERY_SECONDS, result
-    assert steps[0] >= 20, result  # from a checkpoint
+    assert steps[0] >= (20 if kept == "disk" else 1), result
 
 
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=soak)], indirect=True)
@@ -179,7 +182,7 @@ def test_two_halves_never_write_at_once(mpi: str, hosts: Up, tmp_path: Path) -> 
 @soak
 def test_a_link_that_is_cut_for_a_moment_ends_nothing(hosts: Up, tmp_path: Path) -> None:
     two = hosts(2)
-    process = start(two, "openmpi", tmp_path, TRAIN)
+    process = start(two, "openmpi", tmp_path, ON_DISK)
     wait_for(lambda: len(lines(tmp_path)) > 50, process, 40)
     two.do("cut", "t1")
     time.sleep(2)
@@ -192,7 +195,7 @@ def test_a_link_that_is_cut_for_a_moment_ends_nothing(hosts: Up, tmp_path: Path)
 @soak
 def test_too_few_ranks_are_left(hosts: Up, tmp_path: Path) -> None:
     two = hosts(2)
-    process = start(two, "mpich", tmp_path, TRAIN, "--min-ranks", "3")
+    process = start(two, "mpich", tmp_path, ON_DISK, "--min-ranks", "3")
     wait_for(lambda: len(lines(tmp_path)) > 50, process, 40)
     two.do("crash", "t1")
     result = two.finish(process, 60)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,10 +115,3 @@ def _noting(problems: list[str] | None = None) -> Iterator[list[str]]:
         yield problems
     except OSError as error:
         problems.append(str(error))
-
-
-def remove(run: str) -> None:
-    """Remove this host's snapshots of a run. Not collective."""
-    for path in MEMORY.glob(f"{PREFIX}{run}-*"):
-        with suppress(OSError):
-            shutil.rmtree(path)

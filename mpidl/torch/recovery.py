@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mpidl import config, elastic
+from mpidl import config, elastic, replacement
 from mpidl import world as worlds
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.strategies import LIBRARIES
@@ -31,6 +31,8 @@ def check(state: State) -> None:
         return
     with sessions.active().world.together():
         kept = state.optimizers()
+        if config.replace():
+            raise InvalidArgument("elastic.run takes in no new ranks: start it without --replace")
         for replica in state.replicas():
             if not isinstance(replica._asked.strategy, str) or replica.choice.name in LIBRARIES:
                 raise InvalidArgument(
@@ -73,6 +75,8 @@ def recover(state: State) -> int:
     for replica in state.replicas():
         replica.leave()
     left = elastic.shrunk(before)
+    if left.size < config.min_ranks():
+        left.agree(MpidlError(replacement.too_few(left.size, config.min_ranks())))
     sessions.rebuild(left)
     state.restore()
     for replica in state.replicas():

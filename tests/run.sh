@@ -24,8 +24,8 @@ if (($#)); then
     rm -f .coverage .coverage.*
     run=(coverage run -m pytest)
 fi
-# Two at a time, since ranks often wait for others to start. Meanwhile Horovod is built; it comes
-# last, for what measures finds it where it is installed.
+# Two at a time, since ranks often wait for others to start: whole jobs and hosts, and all else.
+# Meanwhile Horovod is built; it comes last, for what measures finds it where it is installed.
 status=0 wheels=.venv/horovod told=$(mktemp) built=$(mktemp) building=
 set -m # each in a group of its own, which can be ended whole
 if type g++ make > /dev/null 2>&1; then
@@ -34,13 +34,14 @@ if type g++ make > /dev/null 2>&1; then
 fi
 {
     OPENBLAS_NUM_THREADS=1 "${run[@]}" tests/unit || status=$?
-    "${run[@]}" tests/test_peers.py -k "not horovod" --durations 10 || status=$?
+    "${run[@]}" tests/test_peers.py tests/test_ranks.py -k "not horovod" --durations 15 || status=$?
     exit $status
 } > "$told" 2>&1 &
 testing=$!
 set +m
 trap 'kill -- -$testing ${building:+-$building} 2> /dev/null || true; rm -f "$told" "$built"' EXIT
-"${run[@]}" --ignore tests/unit --ignore tests/test_peers.py --durations 25 || status=$?
+"${run[@]}" --ignore tests/unit --ignore tests/test_peers.py --ignore tests/test_ranks.py \
+    --durations 25 || status=$?
 wait $testing || status=$?
 cat "$told"
 if [[ -z $building ]]; then

@@ -124,13 +124,25 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert "MPI_ABORT" not in result.errors, result
 
 
+def blocks_of_the_page() -> list[str]:
+    page = (job.ROOT / "docs/checkpoints.md").read_text()
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
 def test_the_page_runs(tmp_path: Path) -> None:
     """docs/checkpoints.md: each block twice, as after a requeue."""
-    page = (job.ROOT / "docs/checkpoints.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
+    blocks = blocks_of_the_page()[:2]
     result = job.run("openmpi", 2, job.script(tmp_path, "\n".join(blocks * 2)), cwd=tmp_path)
     assert result.status == 0, result
     assert result.errors.count("resumed from") == 1
     assert len(list((tmp_path / "run").glob("step-*"))) in (3, 4)
     assert len(list((tmp_path / "own").glob("step-*"))) == 3
+
+
+def test_what_the_page_has_for_pytorch_runs(tmp_path: Path) -> None:
+    *_, block = blocks_of_the_page()
+    text = f"{block}\nassert step == 30\n{block}\nassert step == 30, step\n"
+    result = job.run("openmpi", 2, job.script(tmp_path, text), cwd=tmp_path)
+    assert (result.status, result.errors) == (0, ""), result
+    names = sorted(path.name for path in (tmp_path / "torch-run").glob("step-*"))
+    assert names == ["step-00000012", "step-00000024"]

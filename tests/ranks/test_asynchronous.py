@@ -376,4 +376,4 @@ def test_what_cannot_be_is_told(world: mpidl.World) -> None:
     with pytest.raises(InvalidArgument, match="local_steps: not with an asynchronous"):
         make(world, optim.SGD(0.1), local_steps=2)
     with pytest.raises(InvalidArgument, match="has no rate `lr`"):
-        make(world, SimpleNamespace(update=None))
+        make(world, SimpleNamespace(update=None, init=None))

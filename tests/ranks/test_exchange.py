@@ -290,7 +290,7 @@ def test_who_takes_a_codec(world: mpidl.World) -> None:
     assert Hierarchical(world, given).codec is not given  # another thread may use that one
     with pytest.raises(RankMismatch, match=r"strategy: Hierarchical\(codec=Int8"):
         make(Hierarchical(world, "int8" if world.rank else "bf16"), world)
-    own = {"feedback": False, "nbytes": lambda _, size: 4 * size}
+    own = {"feedback": False, "nbytes": lambda _, size: 4 * size, "encode": None, "decode": None}
     address = type("Own", (), own)()  # whose text differs from rank to rank
     assert make(Hierarchical(world, address), world).codec is None
     assert make("auto", world, codec="bf16").name == "hierarchical"

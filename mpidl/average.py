@@ -125,10 +125,10 @@ def _sum(arrays: Sequence[Memory], weight: float, world: World) -> None:
     groups: dict[tuple[str, bool], list[Array]] = {}
     copies = []
     for array, dtype in arrays:
-        if array.flags.c_contiguous:
+        if array.flags.c_contiguous and (is_device(array) or array.flags.aligned):
             flat = array.reshape(-1)
         else:
-            flat = namespace(array).ascontiguousarray(array).reshape(-1)
+            flat = array.copy("C").reshape(-1)
             copies.append((array, flat))
         groups.setdefault((dtype, is_device(array)), []).append(flat)
     strategy = AllReduce(world)

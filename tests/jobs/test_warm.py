@@ -101,3 +101,14 @@ def test_begins_anew_but_goes_on_with_its_own(expected: object, tmp_path: Path) 
         told, begun = again.output.rsplit(" ", 1)
         assert json.loads(told) == expected
         assert int(begun) == (60 if number else 0)
+
+
+def test_a_run_of_which_no_rank_is_left_is_started_again(expected: object, tmp_path: Path) -> None:
+    script = job.script(tmp_path, TRAIN)
+    line = (sys.executable, "-m", "mpidl", "run", "--elastic", "--restarts", "1", "-n", "2", script)
+    result = job.execute("openmpi", *line, json.dumps([SEED, "", "auto", 80]), timeout=60)
+    assert result.status == 0, result
+    assert "attempt 1 of at most 1 begins with 2 ranks" in result.errors, result
+    told, begun = result.output.rsplit(" ", 1)
+    assert json.loads(told) == expected, result
+    assert int(begun) > 20, result

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mpidl.torch.session import Session
-    from mpidl.world import World
 
 
 class ProcessSet:
@@ -138,14 +137,14 @@ def tear_down() -> None:
     _known.clear()
 
 
-def move(session: Session, before: World) -> None:
+def move(session: Session, before: Session) -> None:
     """Add all sets to another session, without those ranks of `before` that it has not. Collective.
 
     A set of which no rank is left is one that was removed.
     """
     known, added = dict(_known), [(each, tuple(each.ranks or ())) for each in _added]
     comm = global_process_set.mpi_comm
-    theirs, ours = (world.comm.Get_group() for world in (before, session.world))
+    theirs, ours = before.group, session.group
     made: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
     for ranks in known.values():
         here = tuple(r for r in theirs.Translate_ranks(list(ranks), ours) if r >= 0)

@@ -37,6 +37,7 @@ class Session:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.group = world.comm.Get_group()  #: which outlives the communicator
         self.of_all = world is worlds.current()  #: whether these are all ranks that there are
         self.engine = Engine(world)
         self.submit: Callable[[Request], Handle] = self.engine.submit
@@ -206,7 +207,7 @@ def rebuild(left: World | None = None) -> None:
         broken.engine.abandon(MpidlError("ranks have died"))
     made = Session(left or broken.world)
     try:
-        sets.move(made, broken.world)
+        sets.move(made, broken)
     except BaseException as error:  # another one has died
         made.engine.abandon(error)
         raise

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 #: Lines of output that are explained: pattern -> why they come.
 KNOWN: dict[str, str] = {
     r"^NBC_Progress: an error \d+ was found": "Open MPI's non-blocking calls end as a rank dies",
+    r"^Error in NBC_Start_round\(\) \(-1\)": "as there",
     r"^\[warn\] Epoll \w+\(\d\) on fd \d+ failed.*Bad file descriptor": "libevent: the connection "
     "to a rank that was just killed was closed before its event was removed",
     r"pmix_ptl_base: send_msg: write failed": "the launcher answers a rank that was just killed",

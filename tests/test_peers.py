@@ -27,7 +27,7 @@ USUAL = {
     ("openmpi", 1): ("torch",),
     ("openmpi", 2): ("torch", "jax", "keras on torch", "keras on jax", "horovod"),
     ("openmpi", 3): ("torch",),
-    ("mpich", 2): ("torch",),
+    ("mpich", 2): ("jax",),  # what passes through MPI is the engine's, with any framework
 }
 
 

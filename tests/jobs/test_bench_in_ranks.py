@@ -275,6 +275,7 @@ if world.rank == 0:
 """
 
 
+@pytest.mark.soak
 @only_mpich
 def test_between_nodes(mpi: str, tmp_path: Path) -> None:
     codecs, nbytes = ["bf16", "int8", "topk", "powersgd"], 40_000

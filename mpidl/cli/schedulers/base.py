@@ -103,6 +103,17 @@ def parts(time: str, units: Sequence[int]) -> int | None:
     return sum(n * unit for n, unit in zip(numbers, units[-len(numbers) :], strict=True))
 
 
+def limit(time: str, units: Sequence[int], formats: str) -> int:
+    """Return the seconds of what means the same everywhere, or of numbers in `units`.
+
+    Raises InvalidArgument, with the `formats` that the scheduler takes, for all else.
+    """
+    found = three_parts(time) or parts(time, units)
+    if not found:
+        raise no_time(time, formats)
+    return found
+
+
 def clock(seconds: int) -> str:
     """Return H:MM:SS, with two digits for hours at least."""
     return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
@@ -111,3 +122,21 @@ def clock(seconds: int) -> str:
 def no_time(time: str, formats: str) -> InvalidArgument:
     """Return the error for a time limit that the scheduler would not take."""
     return InvalidArgument(f"time {time!r}: expected more than 0, as {formats}")
+
+
+def of_array(states: Sequence[str]) -> State:
+    """Return the state of a job array, by those of its jobs: what is to come counts first."""
+    counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    first = next((s for s in ("running", "queued", "failed") if s in states), states[0])
+    return State(first, "array", counted)
+
+
+def inside(job: Job, options: list[str]) -> list[str]:
+    """Return the words that start a program in the job's container, if any."""
+    if job.container is None:
+        return []
+    for folder in (job.cwd, job.folder):
+        if set(":,") & set(str(folder)):
+            raise InvalidArgument(f"{folder}: a folder for a container has no ':' and no ','")
+    binds = ["--bind", str(job.cwd), "--bind", str(job.folder)]
+    return ["apptainer", "exec", *options, *binds, job.container]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from mpidl.cli.job import fill, settings
 from mpidl.cli.schedulers import base
 from mpidl.cli.schedulers.base import State
-from mpidl.cli.schedulers.slurm import inside
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Flux:
         }
         late = min(LATE, job.stop_seconds // 2)
         lines = {
-            **settings(job, inside(job, ["--nv"] * bool(gpus))),
+            **settings(job, base.inside(job, ["--nv"] * bool(gpus))),
             "export OMP_NUM_THREADS=": str(job.cpus_per_rank),
             "ranks=": str(job.ranks),
             "nodes=": str(job.nodes),

@@ -29,10 +29,7 @@ class Kubernetes:
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds: of the MPIJob, which is not started again after it."""
-        found = base.three_parts(time) or base.parts(time, (3600, 60, 1))
-        if not found:
-            raise base.no_time(time, "seconds, M:SS or H:MM:SS")
-        return found
+        return base.limit(time, (3600, 60, 1), "seconds, M:SS or H:MM:SS")
 
     def check(self, job: Job) -> None:
         """Raise InvalidArgument for what an MPIJob cannot be."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from mpidl.cli.job import fill, settings
 from mpidl.cli.schedulers import base
 from mpidl.cli.schedulers.base import State
-from mpidl.cli.schedulers.slurm import inside
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -29,10 +28,7 @@ class LSF:
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds; LSF itself counts minutes."""
-        found = base.three_parts(time) or base.parts(time, (3600, 60))
-        if not found:
-            raise base.no_time(time, "minutes, H:MM or H:MM:SS")
-        return found
+        return base.limit(time, (3600, 60), "minutes, H:MM or H:MM:SS")
 
     def check(self, job: Job) -> None:
         """Raise InvalidArgument for an array that LSF does not take."""
@@ -60,7 +56,7 @@ class LSF:
             "-q ": job.partition,
         }
         lines = {
-            **settings(job, inside(job, ["--nv"] * bool(job.gpus_per_node))),
+            **settings(job, base.inside(job, ["--nv"] * bool(job.gpus_per_node))),
             "export OMP_NUM_THREADS=": str(job.cpus_per_rank),
             "ranks=": str(job.ranks),
             "nodes=": str(job.nodes),
@@ -83,9 +79,7 @@ class LSF:
             return State("unknown", "unknown", "LSF has forgotten it")
         states = [STATES.get(row[0], "unknown") for row in rows]
         if len(rows) > 1:  # of an array
-            counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-            first = next((s for s in ("running", "queued", "failed") if s in states), states[0])
-            return State(first, "array", counted)
+            return base.of_array(states)
         (word, status, host), state = rows[0], states[0]
         detail = {"running": f"on {host}", "failed": f"exit status {status}"}.get(state, "")
         return State(state, word, detail)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from mpidl.cli.job import fill, settings
 from mpidl.cli.schedulers import base
 from mpidl.cli.schedulers.base import SchedulerFailed, State
-from mpidl.cli.schedulers.slurm import inside
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -28,10 +27,7 @@ class PBS:
 
     def seconds(self, time: str) -> int:
         """Return the time limit, in seconds."""
-        found = base.three_parts(time) or base.parts(time, (3600, 60, 1))
-        if not found:
-            raise base.no_time(time, "seconds, M:SS or H:MM:SS")
-        return found
+        return base.limit(time, (3600, 60, 1), "seconds, M:SS or H:MM:SS")
 
     def check(self, job: Job) -> None:
         """Raise InvalidArgument for an array that PBS does not take."""
@@ -53,7 +49,7 @@ class PBS:
             "-J ": job.array,
         }
         lines = {
-            **settings(job, inside(job, ["--nv"] * bool(job.gpus_per_node))),
+            **settings(job, base.inside(job, ["--nv"] * bool(job.gpus_per_node))),
             "export OMP_NUM_THREADS=": str(job.cpus_per_rank),
             "gpus_per_node=": str(job.gpus_per_node),
             "script=": self.script,

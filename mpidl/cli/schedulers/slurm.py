@@ -109,7 +109,7 @@ class Slurm:
         gpu = ["--nv"] * bool(job.gpus_per_node)
         text = (templates / kind).read_text()
         title = f"Made by mpidl submit from launch/{kind}. By hand, in this folder: sbatch job.sh"
-        return fill(text, title, "#SBATCH", directives, settings(job, inside(job, gpu)), job)
+        return fill(text, title, "#SBATCH", directives, settings(job, base.inside(job, gpu)), job)
 
     def submit(self, folder: Path) -> str:
         """Submit, and return the job's number."""
@@ -127,9 +127,7 @@ class Slurm:
             return State("unknown", "unknown", "scontrol says nothing of it")
         states = [_state(job["JobState"]) for job in jobs]
         if len(jobs) > 1:  # of an array
-            counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-            first = next((s for s in ("running", "queued", "failed") if s in states), "finished")
-            return State(first, "array", counted)
+            return base.of_array(states)
         job, state = jobs[0], states[0]
         detail = {
             "queued": job.get("Reason", ""),
@@ -150,17 +148,6 @@ class Slurm:
             return State("unknown", "unknown", "SLURM has forgotten it")
         state, status = words[-1]
         return State(_state(state), state, f"exit status {status.split(':')[0]}")
-
-
-def inside(job: Job, options: list[str]) -> list[str]:
-    """Return the words that start a program in the job's container, if any."""
-    if job.container is None:
-        return []
-    for folder in (job.cwd, job.folder):
-        if set(":,") & set(str(folder)):
-            raise InvalidArgument(f"{folder}: a folder for a container has no ':' and no ','")
-    binds = ["--bind", str(job.cwd), "--bind", str(job.folder)]
-    return ["apptainer", "exec", *options, *binds, job.container]
 
 
 def _state(word: str) -> str:

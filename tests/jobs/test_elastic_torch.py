@@ -89,7 +89,7 @@ HOROVOD = (
     + """
 module = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 4)).double()
 x, alone = x.double(), copy.deepcopy(module)
-optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+optimizer = torch.optim.SGD(module.parameters(), 0.01, momentum=0.9)
 optimizer = hvd.DistributedOptimizer(optimizer, module.named_parameters())
 pair = hvd.add_process_set([0, 2])
 state = hvd.elastic.TorchState(module, optimizer, batch=0)
@@ -116,7 +116,7 @@ def train(state):
 
 
 train(state)
-optimizer = torch.optim.SGD(alone.parameters(), 0.1, momentum=0.9)
+optimizer = torch.optim.SGD(alone.parameters(), 0.01, momentum=0.9)
 for batch in range(30):
     optimizer.zero_grad()
     part = slice(10 * batch, 10 * batch + 10)

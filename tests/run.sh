@@ -24,33 +24,43 @@ if (($#)); then
     rm -f .coverage .coverage.*
     run=(coverage run -m pytest)
 fi
-# Two at a time, since ranks often wait for others to start: whole jobs and hosts, and all else.
 # Meanwhile Horovod is built; it comes last, for what measures finds it where it is installed.
-status=0 wheels=.venv/horovod told=$(mktemp) built=$(mktemp) building=
+status=0 wheels=.venv/horovod logs=$(mktemp -d) building=
 set -m # each in a group of its own, which can be ended whole
+trap 'kill $(jobs -p | sed "s/^/-/") 2> /dev/null || true; rm -rf "$logs"' EXIT
 if type g++ make > /dev/null 2>&1; then
-    nice bash tests/peers/install_horovod.sh --wheels "$wheels" --build > "$built" 2>&1 &
+    nice bash tests/peers/install_horovod.sh --wheels "$wheels" --build > "$logs/horovod" 2>&1 &
     building=$!
 fi
-{
-    OPENBLAS_NUM_THREADS=1 "${run[@]}" tests/unit || status=$?
-    "${run[@]}" tests/test_peers.py tests/test_ranks.py -k "not horovod" --durations 15 || status=$?
-    exit $status
-} > "$told" 2>&1 &
-testing=$!
-set +m
-trap 'kill -- -$testing ${building:+-$building} 2> /dev/null || true; rm -f "$told" "$built"' EXIT
-"${run[@]}" --ignore tests/unit --ignore tests/test_peers.py --ignore tests/test_ranks.py \
-    --durations 25 || status=$?
-wait $testing || status=$?
-cat "$told"
+# Two pieces at a time, in this order: bodies in ranks take all cores, and have beside them what
+# mostly waits. Three would be slower, for ranks that wait for others that do not run keep cores.
+pieces=(
+    "tests/test_ranks.py -k openmpi"
+    "tests/hosts"
+    "tests/jobs/test_[f-l]*.py"
+    "tests/test_peers.py tests/test_ranks.py -k not(horovod)and(not(test_ranks)or(mpich))"
+    "tests/jobs/test_[m-z]*.py tests/test_readme.py"
+    "tests/jobs/test_[a-d]*.py"
+    "tests/jobs/test_e*.py"
+    "tests/fuzz tests/gpu tests/unit"
+)
+piece() {
+    # shellcheck disable=SC2086
+    $RUN $1 --durations 12 > "$LOGS/$$" 2>&1 || status=$?
+    flock "$LOGS" cat "$LOGS/$$" # one after the other
+    return "${status:-0}"
+}
+export -f piece
+printf '%s\0' "${pieces[@]}" | RUN="${run[*]}" LOGS=$logs OPENBLAS_NUM_THREADS=1 \
+    xargs -0 -P 2 -I {} bash -c 'piece "$1"' piece {} &
+wait $! || status=$?
 if [[ -z $building ]]; then
     echo "no g++ or no make: what needs Horovod is skipped"
 elif wait $building; then
     bash tests/peers/install_horovod.sh --wheels "$wheels"
 else
     status=1
-    cat "$built"
+    cat "$logs/horovod"
 fi
 "${run[@]}" tests/test_peers.py -k horovod || status=$?
 if (($#)); then

@@ -22,7 +22,7 @@ EVERYTHING = {("openmpi", 1), ("openmpi", 2)}
 SOME = {
     ("openmpi", 3): MORE,
     ("mpich", 2): (*MORE, "checkpoint", "disagreement", "loader"),
-    ("openmpi", 4): (*CORE, "adasum", "exchange", "microbatches"),
+    ("openmpi", 4): (*CORE, "adasum", "exchange", "exchange_training", "microbatches"),
     ("mpich", 1): CORE,
     ("mpich", 3): ("average", "exchange"),
     ("mpich", 4): ("hierarchical", "world"),

@@ -176,7 +176,7 @@ SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "CUDA_VISIBLE_DE
 
 
 @pytest.mark.parametrize("name", ROOT_FILES)
-def test_job_scripts_run_no_values(name: str, tmp_path: Path) -> None:
+def test_job_scripts_run_no_values(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     """What SLURM, or whoever made the job, puts into variables is never run, nor computed."""
     folder = tmp_path / "a;touch X $(touch X)"
     (folder / "bin").mkdir(parents=True)
@@ -184,7 +184,8 @@ def test_job_scripts_run_no_values(name: str, tmp_path: Path) -> None:
     for tool, body in tools.items():
         (folder / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
         (folder / "bin" / tool).chmod(0o755)
-    values = (*HOSTILE, "a[$(touch X)]", "a[0$(touch X)]", "x[`touch X`]+1", "1 || touch X")
+    some = HOSTILE if ALL else rng.choice(HOSTILE, 8, replace=False)
+    values = (*map(str, some), "a[$(touch X)]", "a[0$(touch X)]", "x[`touch X`]+1", "1 || touch X")
     for value in values:
         environment = dict.fromkeys(SLURM, value)
         environment["SLURM_SUBMIT_DIR"] = str(folder)

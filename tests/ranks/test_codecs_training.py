@@ -78,6 +78,11 @@ def test_digits(codec: Any) -> None:
     assert digits(codec) < digits(None) + DISTANCES[codec][0]
 
 
-@pytest.mark.parametrize("codec", DISTANCES, ids=str)
+@pytest.mark.parametrize(
+    "codec",
+    # seconds each, and halves are near to what they stand for in any training
+    [pytest.param(c, marks=pytest.mark.soak if c in ("fp16", "bf16") else ()) for c in DISTANCES],
+    ids=str,
+)
 def test_characters(codec: Any) -> None:
     assert characters(codec) < characters(None) + DISTANCES[codec][1]

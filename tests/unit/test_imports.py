@@ -28,6 +28,7 @@ LEVELS = {
     "hang": 1,
     "lease": 1,
     "link": 1,
+    "making": 1,
     "marks": 1,
     "mpi": 1,
     "shared": 1,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.torch import session as sessions
 from mpidl.torch.errors import internal, on_all
-from mpidl.torch.ops import allgather_async, broadcast_, number_of, synchronize
+from mpidl.torch.ops import allgather_async, beginning, broadcast_, synchronize
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 
 if TYPE_CHECKING:
@@ -31,8 +32,12 @@ def broadcast_object(
     What pickle cannot take, cloudpickle does, if it is installed; raises InvalidArgument on every
     rank if neither can. Tensors in it arrive on the CPU if they cannot be where they were.
     """
-    name = name or sessions.active().name(number_of(process_set))
-    root = sessions.rank() == root_rank
+    session = sessions.active()
+    with beginning(session, "broadcast", name or None, process_set) as base:
+        name = base
+    root = False
+    with suppress(MpidlError):  # the broadcast tells it to all
+        root = process_set.place(root_rank) == process_set._rank
     problem, data = None, torch.empty(0, dtype=torch.uint8)
     if root:
         data, problem = _pickled(obj)

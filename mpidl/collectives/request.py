@@ -55,6 +55,11 @@ class Request:
     device: str = "cpu"  #: only compared
     problem: str | None = None  #: what this rank cannot do its part for: all ranks are told
 
+    def scale(self, before: float, after: float, problem: str | None) -> None:
+        """Set the factors, or note what is wrong with them."""
+        self.prescale, self.postscale = before, after
+        self.problem = self.problem or problem
+
 
 @final
 class Handle:

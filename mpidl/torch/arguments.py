@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from functools import wraps
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
+from mpidl import refuse
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.refuse import WRONG as OF_PYTHON
 from mpidl.refuse import told, whole, wrong
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 Tensor = Any
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: What Python and torch raise for a value of a wrong type, shape or size.
 WRONG = (*OF_PYTHON, RuntimeError)
@@ -25,6 +30,20 @@ WRONG = (*OF_PYTHON, RuntimeError)
 def ours(error: Exception) -> MpidlError:
     """Return an error of a context in which no other rank is waited for as one of mpidl."""
     return error if isinstance(error, MpidlError) else wrong(error)
+
+
+def refuses(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a constructor raise InvalidArgument where arguments make torch raise RuntimeError."""
+
+    @refuse.refuses
+    @wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*args, **options)
+        except RuntimeError as error:
+            raise ours(error) from error
+
+    return run
 
 
 def flag(what: str, value: Any) -> bool:
@@ -43,15 +62,22 @@ def number(what: str, value: Any, least: float = -math.inf) -> float:
     return float(value)
 
 
-def factors(*values: Any) -> tuple[float, ...]:
-    """Return numbers, those of tensors () too, as Python's. Raises InvalidArgument for others."""
+def factors(before: Any, after: Any) -> tuple[float, float, str | None]:
+    """Return the factors of a sum as Python's numbers, and what is wrong with them, if anything.
+
+    Those of tensors () are numbers, too. What is none becomes NaN.
+    """
     found = []
-    for value in values:
-        given = value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
-        if not isinstance(given, Real) or isinstance(given, bool):
-            raise InvalidArgument(f"a factor {told(value)}: expected numbers")
-        found.append(float(given))
-    return tuple(found)
+    for value in (before, after):
+        known = value
+        if isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_meta:
+            known = value.item()
+        real = isinstance(known, Real) and not isinstance(known, bool)
+        with suppress(OverflowError):
+            found.append(float(known) if real else math.nan)
+    if len(found) == 2 and not any(map(math.isnan, found)):
+        return *found, None
+    return math.nan, math.nan, f"factors {told(before)} and {told(after)}: expected numbers"
 
 
 def text(what: str, value: Any) -> str:
@@ -90,6 +116,14 @@ def module(what: str, value: Any) -> Any:
     return value
 
 
+def length(what: str, dataset: Any) -> int:
+    """Return the number of samples. Raises InvalidArgument for what has none."""
+    try:
+        return len(dataset)
+    except WRONG as error:
+        raise InvalidArgument(f"{what}: expected a data set, not {told(dataset)}") from error
+
+
 def groups(optimizer: Any) -> list[list[Tensor]]:
     """Return the parameters of an optimizer's groups. Raises InvalidArgument for what is none."""
     try:
@@ -99,6 +133,19 @@ def groups(optimizer: Any) -> list[list[Tensor]]:
     if isinstance(optimizer, type) or not all(torch.is_tensor(p) for g in found for p in g):
         raise InvalidArgument(f"expected an optimizer of torch.optim, not {told(optimizer)}")
     return found
+
+
+def check_replica(optimizer: Any, asked: Any, batch_dim: Any) -> None:
+    """Raise InvalidArgument where options of a DataParallel cannot be."""
+    if optimizer is not None:
+        groups(optimizer)
+    if asked.by_element is not None:
+        flag("by_element", asked.by_element)
+    flag("broadcast_buffers", asked.broadcast_buffers)
+    if batch_dim is not None:
+        whole("batch_dim", batch_dim)
+    if asked.microbatches is not None:
+        whole("microbatches", asked.microbatches, 1)
 
 
 def compressor(value: Any) -> Any:

@@ -8,7 +8,6 @@ Each backward is a collective like its forward: all ranks of the set must run it
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 
 from mpidl.errors import InvalidArgument
 from mpidl.torch import session as sessions
-from mpidl.torch.arguments import compressor, factors, several
+from mpidl.torch.arguments import compressor, several
 from mpidl.torch.compression import Compression
 from mpidl.torch.grouped import (
     grouped_allgather_async,
@@ -65,7 +64,7 @@ class _ReduceScatter(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         options = ctx.options
-        scale = math.prod(factors(options.prescale, options.postscale))
+        scale = float(options.prescale) * float(options.postscale)
         if options.chosen == Sum:
             scale *= options.process_set.size()
         handle = grouped_allgather_async([g * scale for g in grads], None, options.process_set)

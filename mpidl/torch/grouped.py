@@ -111,7 +111,7 @@ def _begin(
         group = group_of(base, process_set)
         for _, request in pairs:
             request.op, request.group = chosen, group
-            request.prescale, request.postscale = factors(*scales)
+            request.scale(*factors(*scales))
     with internal():
         handles = session.submit_all([request for _, request in pairs])
     finishers = [finisher(tensor, pair[0]) for tensor, pair in zip(tensors, pairs, strict=True)]

@@ -71,11 +71,11 @@ def allreduce_async_(
     if name.__class__ is not str:
         with internal():
             name = session.name(number) if name is None else text("name", name)
-    finish = None
+    finish = problem = None
     try:
         chosen = Average if op is None and average is None else reduction(op, average)
         if prescale_factor.__class__ is not float or postscale_factor.__class__ is not float:
-            prescale_factor, postscale_factor = factors(prescale_factor, postscale_factor)
+            prescale_factor, postscale_factor, problem = factors(prescale_factor, postscale_factor)
         # The usual tensor comes first: with a thousand small ones, a microsecond counts.
         if tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous():
             array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
@@ -89,14 +89,13 @@ def allreduce_async_(
     except (MpidlError, *WRONG):
         with beginning(session, "allreduce", name, process_set):
             reduction(op, average)
-            factors(prescale_factor, postscale_factor)
             host_array(tensor)  # knows what is wrong with it
             raise
     try:
         # fmt: off
         handle = session.submit(Request(
             name, "allreduce", array, dtype, chosen.name,
-            0, prescale_factor, postscale_factor, None, number, None, device,
+            0, prescale_factor, postscale_factor, None, number, None, device, problem,
         ))
         # fmt: on
     except MpidlError as error:
@@ -235,7 +234,7 @@ def reducescatter_async(
     with beginning(session, "reducescatter", name, process_set) as name:
         _, request = prepare("reducescatter", tensor, name, process_set, kept=True)
         request.op = reduction(op, None).name
-        request.prescale, request.postscale = factors(prescale_factor, postscale_factor)
+        request.scale(*factors(prescale_factor, postscale_factor))
     with internal():
         handle = session.submit(request)
     return session.keep(handle, lambda found: tensor_of(found, tensor))

@@ -185,5 +185,5 @@ def each_once(what: str, names: Iterable[Any]) -> list[str]:
     found = [text(what, name) for name in names]
     if len(set(found)) < len(found):
         twice = sorted({name for name in found if found.count(name) > 1})
-        raise InvalidArgument(f"{what}: expected each once, not {', '.join(twice)}")
+        raise InvalidArgument(f"{what}: expected each name once, not {', '.join(twice)}")
     return found

@@ -122,7 +122,7 @@ def _named(params: Any) -> list[tuple[str, Tensor]]:
             dense(tensor)
             writable(tensor)
             named.append((str(name), tensor))
-    each_once("broadcast_parameters: names", [name for name, _ in named])
+    each_once("broadcast_parameters", [name for name, _ in named])
     return named
 
 

@@ -30,10 +30,10 @@ def broadcast_object(
     """Return rank `root_rank`'s object, a copy of it on the other ranks. Collective.
 
     What pickle cannot take, cloudpickle does, if it is installed; raises InvalidArgument on every
-    rank if neither can. Tensors in it arrive on the CPU if they cannot be where they were.
+    rank if neither can, and where the copy cannot be made of what has arrived. Tensors in it arrive on the CPU if they cannot be where they were.
     """
     session = sessions.active()
-    with beginning(session, "broadcast", name or None, process_set) as base:
+    with beginning(session, "broadcast", name, process_set) as base:
         name = base
     root = False
     with suppress(MpidlError):  # the broadcast tells it to all
@@ -110,7 +110,12 @@ def _check(found: list[Any], what: str) -> None:
 
 
 def _unpickled(data: Any) -> Any:
-    return _Unpickler(io.BytesIO(data.numpy())).load()
+    try:
+        return _Unpickler(io.BytesIO(data.numpy())).load()
+    except Exception as error:  # its class, or torch, knows no better
+        with internal():
+            text = f"an object that cannot be unpickled: {type(error).__name__}: {error}"
+            raise InvalidArgument(text) from error
 
 
 class _Unpickler(pickle.Unpickler):

@@ -217,7 +217,7 @@ def _names(
         raise InvalidArgument(
             "named_parameters: expected pairs, as model.named_parameters() gives them"
         )
-    each_once("named_parameters: names", [name for name, _ in named])
+    each_once("named_parameters", [name for name, _ in named])
     given = {id(p): name for name, p in named}
     missing = [tuple(p.shape) for p in params if id(p) not in given]
     if missing:

@@ -18,6 +18,10 @@ class ReduceOp(int):
         made.name = name
         return made
 
+    def __getnewargs__(self) -> tuple[int, str]:
+        """Return what makes a copy, for pickle."""
+        return int(self), self.name
+
     def __repr__(self) -> str:
         return self.name.capitalize()
 

@@ -70,6 +70,7 @@ INTERNAL = {
 
 #: As INTERNAL, of the adapters.
 INTERNAL_THERE = {
+    "keras.callbacks:LearningRateWarmupCallback.on_*": "called by fit",
     "torch.checkpointed:Checkpointed.restore": "called by load, with what it has read",
     "torch.elastic:State*": "its callbacks are the user's own",
     "torch.parallel:DataParallel.enter": "takes a world",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -58,8 +59,12 @@ def tree() -> Any:
 
 
 def update(made: Any) -> None:
+    """Update once outside a compiled function, and once inside."""
     params = tree()
-    made.update(params, made.init(params), params)
+    state = made.init(params)
+    made.update(params, state, params)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # as mpidl's errors come out there
+        jax.block_until_ready(jax.jit(made.update)(params, state, params))
 
 
 TABLE: dict[str, Callable[[], Given]] = {

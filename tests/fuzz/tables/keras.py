@@ -66,12 +66,6 @@ def stored() -> Any:
     return path
 
 
-def warm_up() -> Any:
-    made = at_work(hvd.LearningRateWarmupCallback(0.1, 2, 3))
-    made.on_train_begin()
-    return made
-
-
 TABLE: dict[str, Callable[[], Given]] = {
     "keras.callbacks:BroadcastGlobalVariablesCallback": lambda: given(0)._replace(
         then=lambda made: at_work(made).on_train_begin()
@@ -82,11 +76,6 @@ TABLE: dict[str, Callable[[], Given]] = {
     "keras.callbacks:LearningRateWarmupCallback": lambda: given(0.1, 5, 3, 1)._replace(
         then=lambda made: warmed(at_work(made))
     ),
-    "keras.callbacks:LearningRateWarmupCallback.on_epoch_begin": lambda: on(warm_up(), 0, {}),
-    "keras.callbacks:LearningRateWarmupCallback.on_train_batch_begin": lambda: on(
-        warm_up(), 0, {}
-    ),
-    "keras.callbacks:LearningRateWarmupCallback.on_train_begin": lambda: on(warm_up(), {}),
     "keras.callbacks:MetricAverageCallback.on_epoch_end": lambda: on(
         at_work(hvd.MetricAverageCallback()), 0, {"loss": 1.0}
     ),

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 import mpidl.torch as hvd
+from mpidl.torch.optimizer import _live
 from mpidl.torch.parallel import DataParallel
 from tests.fuzz.calls import Given, given, on
 from tests.fuzz.tables.torch import HOSTILE as HOSTILE
-from tests.fuzz.tables.torch import leaf, nn, of_two_params
+from tests.fuzz.tensors import leaf, nn, of_two_params
 
 DATA = torch.utils.data.TensorDataset(torch.ones(6, 3), torch.arange(6) % 2)
 
@@ -50,6 +51,7 @@ def train(made: Any) -> None:
 
 
 def distributed(**options: Any) -> Any:
+    _live.clear()  # or the next one looks for a name that none of them has
     return hvd.DistributedOptimizer(of_two_params(), **options)
 
 

@@ -22,6 +22,8 @@ hvd.init()
 
 from tests.fuzz.tensors import HOSTILE, of_two_params, sparse  # noqa: E402
 
+#: what torch says of some kinds of tensors
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 DRAWS = 40 if ALL else 2
 VALUES = engine.VALUES | HOSTILE
 LINEAR = torch.nn.Linear

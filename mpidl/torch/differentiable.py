@@ -246,7 +246,9 @@ def grouped_allgather(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Return, for each tensor, those of all ranks, joined as by `allgather`. Collective."""
-    with beginning(sessions.active(), "allgather", name, process_set) as name:
+    with beginning(
+        sessions.active(), "allgather", name, process_set, grouped=True
+    ) as name:
         tensors = several("grouped_allgather", tensors)
     return list(_AllGather.apply(True, process_set, name, *tensors))
 
@@ -285,7 +287,8 @@ def _compressed(
     compression: Any,
 ) -> list[Tensor]:
     kind = "allreduce" if function is _AllReduce else "reducescatter"
-    with beginning(sessions.active(), kind, name, options.process_set) as name:
+    begin = beginning(sessions.active(), kind, name, options.process_set, options.grouped)
+    with begin as name:
         pairs = [compressor(compression).compress(each) for each in several(kind, tensors)]
         if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
             raise InvalidArgument(f"compress of {compression}: expected a tensor and a context")

@@ -99,7 +99,7 @@ def _begin(
     copy: bool = False,
 ) -> int:
     session = sessions.active()
-    with beginning(session, kind, name, process_set) as base:
+    with beginning(session, kind, name, process_set, grouped=True) as base:
         tensors = several(f"grouped {kind}", tensors)
         chosen = reduction(*op).name
         if copy:

@@ -290,11 +290,11 @@ def barrier(process_set: ProcessSet = global_process_set) -> None:
 
 @contextmanager
 def beginning(
-    session: Session, kind: str, name: str | None, process_set: ProcessSet
+    session: Session, kind: str, name: str | None, process_set: ProcessSet, grouped: bool = False
 ) -> Iterator[str]:
     """Yield the name of an operation, and let what is raised be told to those that wait for it.
 
-    In this context no rank is waited for. It raises HorovodInternalError.
+    Of what is `grouped` they wait for the first one under the name. In this context no rank is waited for. It raises HorovodInternalError.
     """
     with internal():
         number = number_of(process_set)
@@ -303,7 +303,7 @@ def beginning(
             yield name
         except (MpidlError, *WRONG) as error:
             known = ours(error)
-            session.refuse(name, kind, number, known)
+            session.refuse(name + ".0" * grouped, kind, number, known)
             raise known from error
 
 

@@ -19,10 +19,13 @@ SECONDS = 60  # that one call may take: then the process ends, with a traceback
 MOST = 20  # elements that are taken from what yields without end
 JOURNAL_BYTES = 4096
 #: What takes long for a reason: the numeric checker computes the function twice an element, and
-#: there are millions of arrays to put together.
+#: there are millions of arrays, or of batches, to put together.
 LONG = {
     (name, "broadcast_to(1, 2**22)")
-    for name in ("autograd.check:check_gradients", "functional:concatenate", "functional:stack")
+    for name in (
+        "autograd.check:check_gradients", "functional:concatenate", "functional:stack",
+        "torch.sampler:loader",
+    )
 }
 
 #: What does as many times as it is told.

@@ -6,15 +6,16 @@ A rank that waits is told of by the watchdog, and ends the job. As tests/ranks/t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-
-import mpidl
-from mpidl.errors import InvalidArgument, RankMismatch
 from tests.conftest import ALL
 from tests.ranks import test_disagreement as engine
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    import mpidl
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 hvd = pytest.importorskip("mpidl.torch")
@@ -33,7 +34,7 @@ FACTORS = {"prescale_factor": 1.0, "postscale_factor": 1.0}
 def replica(**options: Any) -> Any:
     torch.manual_seed(0)
     model = LINEAR(3, 2)
-    return hvd.DataParallel(model, torch.optim.SGD(model.parameters(), 0.1), "allreduce", **options)
+    return hvd.DataParallel(model, torch.optim.SGD(model.parameters(), 0.1), **options)
 
 
 def on_replica(call: Callable[..., Any], **options: Any) -> Callable[..., Any]:

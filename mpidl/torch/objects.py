@@ -46,9 +46,10 @@ def broadcast_object(
     if not root:
         data = torch.empty(int(length), dtype=torch.uint8)
     broadcast_(data, root_rank, f"{name}.object", process_set)
-    found = problem or obj if root else _unpickled(data)
+    # the root's, too: some objects can be pickled only, and all ranks are to know
+    found = problem or _unpickled(data)
     _check([found], "broadcast_object")
-    return found
+    return obj if root else found
 
 
 def broadcast_object_fn(

@@ -76,7 +76,7 @@ def factors(before: Any, after: Any) -> tuple[float, float, str | None]:
         with suppress(OverflowError):
             found.append(float(known) if real else math.nan)
     if len(found) == 2 and not any(map(math.isnan, found)):
-        return *found, None
+        return found[0], found[1], None
     return math.nan, math.nan, f"factors {told(before)} and {told(after)}: expected numbers"
 
 
@@ -102,10 +102,17 @@ def wholes(what: str, values: Any) -> list[int]:
     return [whole(f"{what}: {told(value)}", value) for value in values]
 
 
+def is_communicator(value: Any) -> bool:
+    """Tell whether this is an mpi4py communicator."""
+    return hasattr(value, "Get_rank") and not isinstance(value, type)
+
+
 def several(what: str, tensors: Any) -> list[Tensor]:
     """Return a list of one tensor or more. Raises InvalidArgument for others, and for a tensor."""
     if not isinstance(tensors, (list, tuple)) or not tensors:
-        raise InvalidArgument(f"{what}: expected a list of at least one tensor, not {told(tensors)}")
+        raise InvalidArgument(
+            f"{what}: expected a list of at least one tensor, not {told(tensors)}"
+        )
     return list(tensors)
 
 

@@ -16,6 +16,7 @@ import torch
 from mpidl.errors import InvalidArgument
 from mpidl.torch import session as sessions
 from mpidl.torch.arguments import compressor, several
+from mpidl.torch.begin import beginning
 from mpidl.torch.compression import Compression
 from mpidl.torch.grouped import (
     grouped_allgather_async,
@@ -26,7 +27,6 @@ from mpidl.torch.ops import (
     allgather_async,
     allreduce_async,
     alltoall_async,
-    beginning,
     broadcast_async,
     reducescatter_async,
     synchronize,
@@ -246,9 +246,7 @@ def grouped_allgather(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Return, for each tensor, those of all ranks, joined as by `allgather`. Collective."""
-    with beginning(
-        sessions.active(), "allgather", name, process_set, grouped=True
-    ) as name:
+    with beginning(sessions.active(), "allgather", name, process_set, grouped=True) as name:
         tensors = several("grouped_allgather", tensors)
     return list(_AllGather.apply(True, process_set, name, *tensors))
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from mpidl.torch import session as sessions
 from mpidl.torch.arguments import factors, several
 from mpidl.torch.arrays import tensor_of
+from mpidl.torch.begin import beginning, fresh, prepare
 from mpidl.torch.errors import internal
-from mpidl.torch.ops import beginning, fresh, into, prepare, synchronize
+from mpidl.torch.ops import into, synchronize
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 from mpidl.torch.reduce_op import Average, Sum, reduction
 
@@ -125,7 +126,9 @@ def _begin(
 def group_of(name: str, process_set: ProcessSet) -> int:
     """Return a number for a group, the same on all ranks, in whatever order groups begin."""
     text = f"{process_set.process_set_id} {name}"
-    return int.from_bytes(blake2b(text.encode("utf-8", "backslashreplace"), digest_size=7).digest(), "little")
+    return int.from_bytes(
+        blake2b(text.encode("utf-8", "backslashreplace"), digest_size=7).digest(), "little"
+    )
 
 
 def _made(tensor: Tensor, _: Tensor) -> Callable[[Any], Tensor]:

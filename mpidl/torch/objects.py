@@ -13,8 +13,9 @@ import torch
 
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.torch import session as sessions
+from mpidl.torch.begin import beginning
 from mpidl.torch.errors import internal, on_all
-from mpidl.torch.ops import allgather_async, beginning, broadcast_, synchronize
+from mpidl.torch.ops import allgather_async, broadcast_, synchronize
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def broadcast_object(
     """Return rank `root_rank`'s object, a copy of it on the other ranks. Collective.
 
     What pickle cannot take, cloudpickle does, if it is installed; raises InvalidArgument on every
-    rank if neither can, and where the copy cannot be made of what has arrived. Tensors in it arrive on the CPU if they cannot be where they were.
+    rank if neither can, and where what was pickled cannot be unpickled. Tensors in it arrive on the
+    CPU if they cannot be where they were.
     """
     session = sessions.active()
     with beginning(session, "broadcast", name, process_set) as base:

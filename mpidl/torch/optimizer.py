@@ -247,12 +247,12 @@ def _free(base: str, names: list[str], process_set: ProcessSet) -> str:
 def _groups(optimizer: Any, groups: int | Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """Return the parameters of each group that is asked for. Raises InvalidArgument."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if isinstance(groups, Integral):
+    if isinstance(groups, (int, Integral)):
         groups = whole("groups", groups)
         bounds = [len(params) * i // groups for i in range(groups + 1)] if groups else []
         return [params[a:b] for a, b in itertools.pairwise(bounds) if b > a]
-    several = isinstance(groups, (list, tuple))
-    if not several or not all(isinstance(group, (list, tuple)) for group in groups):
+    known = isinstance(groups, (list, tuple))
+    if not known or not all(isinstance(group, (list, tuple)) for group in groups):
         raise InvalidArgument("groups: expected a number, or lists of parameters")
     here = {id(p) for p in params}
     chosen = [[p for p in group if id(p) in here] for group in groups]

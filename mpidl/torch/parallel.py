@@ -95,7 +95,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             bucket_bytes=bucket_bytes,
             microbatches=microbatches,
         )
-        self._register_load_state_dict_pre_hook(add_prefix)
+        self._register_load_state_dict_pre_hook(places.add_prefix)
         self.enter(world or current())
 
     def enter(self, world: World) -> None:
@@ -154,7 +154,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         owns = owns and in_parts(world, self.strategy)
         at_once = bucket.bytes_for(size, asked.bucket_bytes, overlaps=beside is not None)
         values = {name: p.detach() for name, p in trained.items()}
-        undo.callback(_bring_home, trained)
+        undo.callback(places.bring_home, trained)
         self.buckets, self._places = places.lay_out(
             trained, self.strategy, at_once, group_of, moves=owns
         )
@@ -264,10 +264,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
                 update()
 
     def average_gradients(self, samples: float = 0.0) -> None:
-        """Take part in averaging where this rank has no backward to make. Collective.
-
-        Raises InvalidArgument on every rank where any gives no number, or one below 0.
-        """
+        """Take part in averaging where this rank has no backward. Collective."""
         self._gradients.average(samples)
 
     def gather_optimizer_state(self) -> None:
@@ -350,16 +347,3 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             if torch.is_tensor(value) and value.ndim > self._batch_dim:
                 return float(value.shape[self._batch_dim])
         return 1.0
-
-
-def _bring_home(parameters: Mapping[str, Any]) -> None:
-    """Let parameters have memory of this rank's own, and no gradients."""
-    for parameter in parameters.values():
-        parameter.data = parameter.data.clone()
-        parameter.grad = None
-
-
-def add_prefix(state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a module that has a DataParallel within it load its own `state_dict`."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -79,14 +79,14 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     than there are; RankMismatch where the ranks add different ones.
     """
     session = sessions.active()
-    world, mine, problem = session.world, ((), True), None
+    world, problem = session.world, None
+    mine: tuple[tuple[int, ...], bool] = ((), True)
     with internal():
         try:
-            if not isinstance(process_set, ProcessSet):
-                process_set = ProcessSet(process_set)
-            if process_set.process_set_id is not None:
-                raise InvalidArgument(f"{process_set} has been added already")
-            mine = (_ranks_of(process_set, world), process_set.mpi_comm is None)
+            made = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
+            if made.process_set_id is not None:
+                raise InvalidArgument(f"{made} has been added already")
+            mine = (_ranks_of(made, world), made.mpi_comm is None)
         except WRONG as error:
             problem = ours(error)
         found = session.gather_well(mine, problem, "add_process_set")
@@ -107,9 +107,9 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
             number = session.engine.add_process_set(ranks)
             _known[number] = ranks
             if ranks == given[world.rank]:
-                process_set._enter(number, ranks, world.rank)
-    _added.append(process_set)
-    return process_set
+                made._enter(number, ranks, world.rank)
+    _added.append(made)
+    return made
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
@@ -120,7 +120,8 @@ def remove_process_set(process_set: ProcessSet) -> bool:
     that were made of communicators.
     """
     session = sessions.active()
-    mine, problem = (None, True), None
+    mine: tuple[int | None, bool] = (None, True)
+    problem = None
     if not isinstance(process_set, ProcessSet):
         problem = InvalidArgument(f"remove_process_set: {told(process_set)}: expected a ProcessSet")
     elif process_set is not global_process_set:

@@ -18,7 +18,7 @@ class ReduceOp(int):
         made.name = name
         return made
 
-    def __getnewargs__(self) -> tuple[int, str]:
+    def __getnewargs__(self) -> tuple[int, str]:  # type: ignore[override]
         """Return what makes a copy, for pickle."""
         return int(self), self.name
 

@@ -103,7 +103,9 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
         for key in ("batch_size", "seed", "shuffle", "samples"):
             found = known.get(key)
             if type(found) is not type(mine[key]) or mine[key] != found:
-                raise InvalidArgument(f"Sampler: {key}={mine[key]}, but the state has {told(found)}")
+                raise InvalidArgument(
+                    f"Sampler: {key}={mine[key]}, but the state has {told(found)}"
+                )
         self.epoch, self.done = (
             whole(f"Sampler: the state's {key}", known.get(key)) for key in ("epoch", "done")
         )

@@ -19,7 +19,7 @@ from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.marks import by_rank, some
 from mpidl.refuse import told
 from mpidl.torch import process_sets as sets
-from mpidl.torch.arguments import wholes
+from mpidl.torch.arguments import is_communicator, wholes
 from mpidl.torch.errors import internal, on_all
 from mpidl.world import World
 
@@ -160,7 +160,9 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
         with internal():
             numbers = _session.gather_well(0 if problem else len(wanted), problem, "init")
             if len({*numbers}) > 1:
-                raise on_all(RankMismatch(f"init: {by_rank(dict(enumerate(numbers)))} process sets"))
+                raise on_all(
+                    RankMismatch(f"init: {by_rank(dict(enumerate(numbers)))} process sets")
+                )
         for process_set in wanted:
             sets.add_process_set(process_set)
     except MpidlError:  # of all ranks: none is initialized
@@ -183,11 +185,6 @@ def _world_of(world: World, comm: Any) -> World:
         )
     group = world.comm.Get_group().Incl(ranks)
     return World.of(world.MPI, world.comm.Create_group(group))
-
-
-def is_communicator(value: Any) -> bool:
-    """Tell whether this is an mpi4py communicator."""
-    return hasattr(value, "Get_rank") and not isinstance(value, type)
 
 
 def shutdown() -> None:

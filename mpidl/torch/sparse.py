@@ -9,9 +9,9 @@ import torch
 from mpidl.errors import InvalidArgument, RankMismatch
 from mpidl.torch import session as sessions
 from mpidl.torch.arrays import tensor_of
+from mpidl.torch.begin import beginning, prepare
 from mpidl.torch.errors import as_internal, internal, on_all
 from mpidl.torch.grouped import group_of
-from mpidl.torch.ops import beginning, prepare
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 from mpidl.torch.reduce_op import Average, Sum, reduction
 

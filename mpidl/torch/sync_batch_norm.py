@@ -11,7 +11,8 @@ from mpidl.refuse import whole
 from mpidl.torch import arguments
 from mpidl.torch import session as sessions
 from mpidl.torch.arguments import dense, flag, number, refuses
-from mpidl.torch.ops import allgather_async, allreduce_, beginning, synchronize
+from mpidl.torch.begin import beginning
+from mpidl.torch.ops import allgather_async, allreduce_, synchronize
 from mpidl.torch.process_sets import global_process_set
 from mpidl.torch.reduce_op import Sum
 

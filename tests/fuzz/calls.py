@@ -23,7 +23,9 @@ JOURNAL_BYTES = 4096
 LONG = {
     (name, "broadcast_to(1, 2**22)")
     for name in (
-        "autograd.check:check_gradients", "functional:concatenate", "functional:stack",
+        "autograd.check:check_gradients",
+        "functional:concatenate",
+        "functional:stack",
         "torch.sampler:loader",
     )
 }

@@ -83,7 +83,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "collate_fn=1": lambda: hvd.loader(range(6), 2, collate_fn=1),
     "the state's epoch": lambda: sampler(processed_num=1),
     # NumPy crashed the interpreter
-    "seed=matrix": lambda: hvd.elastic.ElasticSampler(range(6), seed=np.ones((2, 3)).view(np.matrix)),
+    "seed=matrix": lambda: hvd.elastic.ElasticSampler(
+        range(6), seed=np.ones((2, 3)).view(np.matrix)
+    ),
     "expected a function": lambda: hvd.elastic.run(None),
     "expected a State": lambda: hvd.elastic.run(lambda _: None)(None),
     "num_features": lambda: hvd.SyncBatchNorm("3"),
@@ -109,9 +111,9 @@ def test_a_timeline_that_cannot_be_written(world: mpidl.World, tmp_path: Path) -
 def test_a_wrong_state_is_told_of_on_all_ranks(world: mpidl.World) -> None:
     made = hvd.DataParallel(torch.nn.Linear(3, 2), strategy="allreduce")
     state = {} if world.rank == 0 else dict(torch.nn.Linear(3, 2).state_dict())
-    with pytest.raises(InvalidArgument, match="rank: .*state_dict" if world.size == 1 else "rank 0: .*state_dict"):
+    with pytest.raises(InvalidArgument, match=r"rank 0: .*state_dict"):
         made.load_state_dict(state)
-    with pytest.raises(InvalidArgument, match="(rank 0|every rank): samples=-1"):
+    with pytest.raises(InvalidArgument, match="rank 0: samples=-1"):
         made.average_gradients(-1 if world.rank == 0 else 1)
     made.close()
 
@@ -127,7 +129,7 @@ def test_process_sets_that_differ(world: mpidl.World) -> None:
     made = hvd.add_process_set([0])
     with pytest.raises(RankMismatch, match="remove_process_set: rank 0"):
         hvd.remove_process_set(made if world.rank == 0 else hvd.global_process_set)
-    with pytest.raises(InvalidArgument, match="rank 0: .* has been added already"):
+    with pytest.raises(InvalidArgument, match=r"rank 0: .* has been added already"):
         hvd.add_process_set(made if world.rank == 0 else [1])
     assert hvd.remove_process_set(made)
 

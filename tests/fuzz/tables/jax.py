@@ -14,7 +14,7 @@ import optax
 from jax import numpy as jnp
 
 import mpidl
-import mpidl.jax as hvd
+import mpidl.jax
 from tests.fuzz.calls import Given, given
 
 mpidl.init(abort_on_error=False)

@@ -17,6 +17,8 @@ from tests.fuzz.tensors import leaf, of_two_params, sparse
 torch.set_num_threads(1)
 hvd.init()
 mpidl.init(abort_on_error=False)
+
+
 def waited(made: Given) -> Given:
     return made._replace(then=hvd.synchronize)
 
@@ -72,9 +74,7 @@ TABLE: dict[str, Callable[[], Given]] = {
         then=lambda found: run_backward(found[0])
     ),
     "torch.differentiable:broadcast": lambda: backward(given(grads(2, 3), 0, *EVERY)),
-    "torch.differentiable:grouped_allgather": lambda: backward(
-        given([grads(2), grads(3)], *EVERY)
-    ),
+    "torch.differentiable:grouped_allgather": lambda: backward(given([grads(2), grads(3)], *EVERY)),
     "torch.differentiable:grouped_allreduce": lambda: backward(
         given([grads(2), grads(3)], *COMPRESSED)
     ),
@@ -88,9 +88,7 @@ TABLE: dict[str, Callable[[], Given]] = {
     "torch.grouped:grouped_allreduce_": lambda: given([torch.ones(2)], *REDUCE),
     "torch.grouped:grouped_allreduce_async": lambda: waited(given([torch.ones(2)], *REDUCE)),
     "torch.grouped:grouped_allreduce_async_": lambda: waited(given([torch.ones(2)], *REDUCE)),
-    "torch.grouped:grouped_reducescatter_async": lambda: waited(
-        given([torch.ones(2)], *SCATTER)
-    ),
+    "torch.grouped:grouped_reducescatter_async": lambda: waited(given([torch.ones(2)], *SCATTER)),
     "torch.objects:allgather_object": lambda: given({"a": 1}, *EVERY),
     "torch.objects:broadcast_object": lambda: given({"a": 1}, 0, *EVERY),
     "torch.objects:broadcast_object_fn": lambda: given(0, *EVERY)._replace(

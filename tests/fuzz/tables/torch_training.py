@@ -66,9 +66,9 @@ def optimizer() -> Given:
 
 def checkpointed() -> Given:
     model = nn.Linear(3, 2)
-    return given(
-        model, torch.optim.SGD(model.parameters(), 0.1), None, other=sampler()
-    )._replace(then=lambda made: (made.tensors(), made.held(), made.numbers()))
+    return given(model, torch.optim.SGD(model.parameters(), 0.1), None, other=sampler())._replace(
+        then=lambda made: (made.tensors(), made.held(), made.numbers())
+    )
 
 
 def sampler() -> Any:
@@ -100,7 +100,6 @@ def looped(state: Any) -> Given:
 
 #: Of a state, one key at a time is replaced.
 STATE: Mapping[str, Any] = MappingProxyType({"epoch": 0, "processed_num": 2})
-
 
 
 TABLE: dict[str, Callable[[], Given]] = {
@@ -150,9 +149,9 @@ TABLE: dict[str, Callable[[], Given]] = {
         then=None
     ),
     "torch.sampler:Loader.set_epoch": lambda: on(loader(), 3),
-    "torch.sampler:Sampler": lambda: given(
-        DATA, 2, shuffle=True, seed=0, microbatches=2
-    )._replace(then=list),
+    "torch.sampler:Sampler": lambda: given(DATA, 2, shuffle=True, seed=0, microbatches=2)._replace(
+        then=list
+    ),
     "torch.sampler:Sampler.load_state_dict": lambda: on(sampler(), state_of(sampler())),
     "torch.sampler:Sampler.set_epoch": lambda: on(sampler(), 3),
     "torch.sampler:loader": lambda: given(

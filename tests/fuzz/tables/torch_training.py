@@ -155,8 +155,8 @@ TABLE: dict[str, Callable[[], Given]] = {
     "torch.sampler:Sampler.load_state_dict": lambda: on(sampler(), state_of(sampler())),
     "torch.sampler:Sampler.set_epoch": lambda: on(sampler(), 3),
     "torch.sampler:loader": lambda: given(
-        DATA, 2, shuffle=True, seed=0, microbatches=2, collate_fn=None, num_workers=0
-    )._replace(then=list, callbacks=("collate_fn",), theirs=("num_workers",)),
+        DATA, 2, shuffle=True, seed=0, microbatches=2, collate_fn=None
+    )._replace(then=list, callbacks=("collate_fn",)),
     "torch.sync_batch_norm:SyncBatchNorm": lambda: given(3, 1e-5, 0.1, True, True, "cpu")._replace(
         then=lambda made: made(torch.ones(2, made.num_features))
     ),

@@ -79,10 +79,17 @@ def check_microbatches(model: Module, number: Any, accumulate: int, local_steps:
 
 def check_averaging(overlap: Any, bucket_bytes: Any) -> None:
     """Raise InvalidArgument where one of them cannot be. Not collective."""
-    if overlap not in ("auto", True, False):
-        raise InvalidArgument(f"{overlap=}: expected 'auto', True or False")
-    if bucket_bytes != "auto" and not (isinstance(bucket_bytes, int) and bucket_bytes > 0):
-        raise InvalidArgument(f"{bucket_bytes=}: expected 'auto' or a number of bytes")
+    if not isinstance(overlap, bool) and not _is_auto(overlap):
+        raise InvalidArgument(f"overlap={told(overlap)}: expected 'auto', True or False")
+    known = isinstance(bucket_bytes, int) and not isinstance(bucket_bytes, bool)
+    if not (known and bucket_bytes > 0) and not _is_auto(bucket_bytes):
+        raise InvalidArgument(
+            f"bucket_bytes={told(bucket_bytes)}: expected 'auto' or a number of bytes"
+        )
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
 
 
 def check_parameters(model: Module, world: World) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mpidl.array import ALIGNMENT_BYTES, aligned_zeros
 from mpidl.average import mean
 from mpidl.errors import InvalidArgument, MpidlError, UnsupportedDtype
 from mpidl.foreign import SUPPORTED, memory
+from mpidl.refuse import told
 from mpidl.staging import CHUNK_BYTES
 from mpidl.world import World, current
 
@@ -40,7 +42,7 @@ class Packing:
 
         Each starts on a multiple of `line` bytes. Raises UnsupportedDtype.
         """
-        places, sizes, told = [], dict[str, int](), []
+        places, sizes, lines = [], dict[str, int](), []
         for name, array in arrays.items():
             dtype, shape = str(array.dtype), tuple(array.shape)
             if dtype not in SUPPORTED:
@@ -51,8 +53,8 @@ class Packing:
             start = -(-sizes.get(dtype, 0) // step) * step
             places.append((dtype, start, shape))
             sizes[dtype] = start + math.prod(shape)
-            told.append(f"{name} {shape} {dtype}")
-        return cls(tuple(places), sizes, "\n".join(told))
+            lines.append(f"{name} {shape} {dtype}")
+        return cls(tuple(places), sizes, "\n".join(lines))
 
     def zeros(self) -> dict[str, Array]:
         """Return the flat arrays, anew, by dtype."""
@@ -118,11 +120,12 @@ def broadcast(
     Raises on every rank InvalidArgument for a root that is no rank, RankMismatch where roots,
     names, shapes or dtypes differ, and any rank's `problem`.
     """
-    if problem is None and not 0 <= root < world.size:
-        problem = InvalidArgument(f"root {root}: expected a rank from 0 to {world.size - 1}")
+    known = isinstance(root, Integral) and not isinstance(root, bool)
+    if problem is None and not (known and 0 <= root < world.size):
+        problem = InvalidArgument(f"root {told(root)}: expected a rank from 0 to {world.size - 1}")
     world.agree(problem)
-    told = [f"{name} {array.shape} {array.dtype}" for name, array in arrays.items()]
-    world.same_lines([f"root {root}", *told])
+    lines = [f"{name} {array.shape} {array.dtype}" for name, array in arrays.items()]
+    world.same_lines([f"root {root}", *lines])
     starts, end = [], 0
     for array in arrays.values():
         starts.append(end)

@@ -60,7 +60,7 @@ def make(codec: Spec) -> AnyCodec | None:
     if isinstance(codec, type):
         raise InvalidArgument(f"codec: expected a name or {codec.__name__}(...)")
     known = codec is None or isinstance(codec, (str, PowerSGD))
-    if not known and not all(hasattr(codec, name) for name in ("nbytes", "encode", "decode")):
+    if not known and not all(hasattr(codec, name) for name in ("encode", "decode", "nbytes")):
         raise InvalidArgument(f"codec: expected a name or a codec, found {told(codec)}")
     if not isinstance(codec, str):
         return fresh(codec)

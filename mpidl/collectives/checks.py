@@ -32,6 +32,9 @@ def compare(
     given = {rank: [item.names for item in items[rank]] for rank in ranks}
     first = given[ranks[0]]
     if len(first) > 1 or any(names != first for names in given.values()):
+        told = {r: d.problem for r in ranks for i in items[r] for d in i.descriptions if d.problem}
+        if told:  # a rank that cannot begin with a group tells of one name only
+            return RankMismatch, by_rank(told)
         told = {r: " and ".join(_listed(names) for names in given[r]) for r in ranks}
         return RankMismatch, f"groups of other members: {by_rank(told)}"
     for i, name in enumerate(first[0]):

@@ -53,6 +53,12 @@ class Request:
         None  #: those of one group are given in one `submit_all`, and start together
     )
     device: str = "cpu"  #: only compared
+    problem: str | None = None  #: what this rank cannot do its part for: all ranks are told
+
+    def scale(self, before: float, after: float, problem: str | None) -> None:
+        """Set the factors, or note what is wrong with them."""
+        self.prescale, self.postscale = before, after
+        self.problem = self.problem or problem
 
 
 @final
@@ -143,6 +149,8 @@ def _number(factor: Any) -> float:
 def _problem(request: Request, dtype: str, size: int, factors: tuple[float, float]) -> str | None:
     """Return what cannot be in a request, whatever the other ranks submit."""
     kind, array = request.kind, request.array
+    if request.problem is not None:
+        return request.problem
     if kind not in COMPARED:
         return f"kind {kind!r}: expected one of {', '.join(COMPARED)}"
     if kind == "barrier":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mpidl.errors import InvalidArgument
 from mpidl.jax.average import average
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +32,10 @@ def data_parallel(tx: Any, *, weight: Any = 1.0) -> Any:
     (`mpidl.jax.broadcast`) ranks stay equal.
 
     The result is an optax.GradientTransformationExtraArgs; without Optax a tuple of `init` and
-    `update`.
+    `update`. Raises InvalidArgument for a `tx` that is none.
     """
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise InvalidArgument(f"data_parallel({told(tx)}): expected an Optax transformation")
     default = weight
 
     def update(

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import keras
@@ -11,6 +13,7 @@ import keras
 from mpidl import packed
 from mpidl.errors import InvalidArgument
 from mpidl.keras.gradients import as_numpy
+from mpidl.refuse import told, whole
 from mpidl.world import current
 
 
@@ -40,12 +43,20 @@ class MetricAverageCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Average. Raises RankMismatch on every rank where they have other names."""
+        """Average.
+
+        Raises on every rank RankMismatch where they have other names, InvalidArgument for what is
+        no dict of numbers.
+        """
         logs = {} if logs is None else logs
-        names = sorted(logs)
         world = current()
+        with world.together():
+            if not isinstance(logs, dict):
+                raise InvalidArgument(f"MetricAverageCallback: {told(logs)}: expected a dict")
+            names = sorted(logs)
+            values = [_number(name, logs[name]) for name in names]
         world.same_lines(["metrics", *names])
-        means = world.sum([float(logs[name]) for name in names]) / world.size
+        means = world.sum(values) / world.size
         logs.update(zip(names, means.tolist(), strict=True))
 
 
@@ -55,7 +66,8 @@ class LearningRateWarmupCallback(keras.callbacks.Callback):  # type: ignore[misc
     `initial_lr` is the rate for the batch of all ranks; with the batch as many times larger as
     there are ranks, it is usually that many times a single process's, which is where this starts
     from (Goyal et al. 2017, section 2.2). After `warmup_epochs` it leaves the rate alone. Where
-    Keras does not tell the steps of an epoch, `steps_per_epoch` does. Not collective.
+    Keras does not tell the steps of an epoch, `steps_per_epoch` does. Not collective. Raises
+    InvalidArgument for values that cannot be.
     """
 
     def __init__(
@@ -66,8 +78,15 @@ class LearningRateWarmupCallback(keras.callbacks.Callback):  # type: ignore[misc
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        if not (initial_lr > 0 and warmup_epochs > 0):
-            raise InvalidArgument(f"{initial_lr=}, {warmup_epochs=}: expected numbers above 0")
+        for given in (initial_lr, warmup_epochs):
+            real = isinstance(given, Real) and not isinstance(given, bool)
+            if not (real and 0 < given < math.inf):
+                raise InvalidArgument(
+                    f"initial_lr={told(initial_lr)}, warmup_epochs={told(warmup_epochs)}: "
+                    "expected numbers above 0"
+                )
+        if steps_per_epoch is not None:
+            whole("steps_per_epoch", steps_per_epoch, 1)
         self.initial_lr, self.warmup_epochs = initial_lr, warmup_epochs
         self.steps_per_epoch, self.verbose = steps_per_epoch, verbose
         self.epoch, self.steps, self.done = 0, 1, False
@@ -93,6 +112,14 @@ class LearningRateWarmupCallback(keras.callbacks.Callback):  # type: ignore[misc
         self.model.optimizer.learning_rate = rate
         if self.done and self.verbose and current().rank == 0:
             print(f"learning rate {rate:g} reached in epoch {self.epoch + 1}")
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a metric as Python's number. Raises InvalidArgument for what is none."""
+    try:
+        return float(value)
+    except Exception as error:  # each library has its own
+        raise InvalidArgument(f"metric {name!r}={told(value)}: expected a number") from error
 
 
 def on_rank_0(callback: Any) -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from mpidl.errors import InvalidArgument
 from mpidl.keras.gradients import average
+from mpidl.refuse import told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +34,9 @@ def DistributedOptimizer(optimizer: Any, *, weight: float = 1.0) -> Any:
 
     On TensorFlow with a GPU compile the model with `jit_compile=False`: XLA cannot call MPI.
 
-    Raises InvalidArgument for what is no optimizer, or is wrapped already; and, when gradients are
-    applied, where one of the two rules above is not kept.
+    Raises InvalidArgument for what is no optimizer, or is wrapped already, and for a `weight` that
+    is no number, or below 0; and, when gradients are applied, where one of the two rules above is
+    not kept.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise InvalidArgument(
@@ -41,8 +44,9 @@ def DistributedOptimizer(optimizer: Any, *, weight: float = 1.0) -> Any:
         )
     if hasattr(optimizer, MARK):
         raise InvalidArgument(f"DistributedOptimizer: this {type(optimizer).__name__} is one")
-    if not 0 <= weight < math.inf:
-        raise InvalidArgument(f"weight={weight}: expected a finite number, 0 or more")
+    real = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not (real and 0 <= weight < math.inf):
+        raise InvalidArgument(f"weight={told(weight)}: expected a finite number, 0 or more")
     setattr(optimizer, MARK, weight)
     plain, stateless, within = optimizer.apply, optimizer.stateless_apply, False
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mpidl.errors import InvalidArgument, UnsupportedDtype
+from mpidl.errors import UnsupportedDtype
+from mpidl.torch.arguments import dense
 
 Tensor = Any
 Array = Any
@@ -32,9 +33,7 @@ def host_array(tensor: Tensor) -> tuple[Tensor, Array, str]:
 
     Raises InvalidArgument for what is no dense tensor, and UnsupportedDtype.
     """
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        what = getattr(tensor, "layout", type(tensor).__name__)
-        raise InvalidArgument(f"expected a dense torch.Tensor, not {what}")
+    dense(tensor)
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         raise UnsupportedDtype(

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mpidl.errors import InvalidArgument, RankMismatch
+from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.torch import session as sessions
+from mpidl.torch.arguments import WRONG, dense, each_once, groups, ours, writable
 from mpidl.torch.errors import internal
 from mpidl.torch.objects import broadcast_object
 from mpidl.torch.ops import broadcast_async_, synchronize
+from mpidl.torch.process_sets import global_process_set
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,12 +34,18 @@ def broadcast_parameters(
 
     `params` is a state_dict, or what named_parameters() or parameters() give. What is no tensor,
     and a parameter that has no shape yet, is left out. Raises RankMismatch on every rank, before
-    anything is changed, where names, shapes or dtypes differ.
+    anything is changed, where names, shapes or dtypes differ; InvalidArgument for what is none of
+    these.
     """
-    named = _named(params)
-    layout = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
     session = sessions.active()
+    named, problem = [], None
     with internal():
+        try:
+            named = _named(params)
+        except (MpidlError, *WRONG) as error:
+            problem = ours(error)
+        session.agree(problem, "broadcast_parameters.begin")
+        layout = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
         first = broadcast_object(layout, root_rank, "broadcast_parameters")
         pairs = zip(
             layout + ["no more"] * len(first), first + ["no more"] * len(layout), strict=False
@@ -59,21 +67,29 @@ def broadcast_optimizer_state(
 
     For all of torch.optim, before the first step too, and however much state the ranks have: the
     others load what the root has, and parameters stay as they are. `model` is there for Horovod's
-    sake. Raises InvalidArgument on every rank where the groups hold different numbers of
-    parameters.
+    sake. Raises InvalidArgument on every rank for what is no optimizer, and where the groups hold
+    different numbers of parameters.
     """
     session = sessions.active()
-    root = session.world.rank == root_rank
-    tensors: list[Tensor] = []
-    state = optimizer.state_dict()
-    sizes = [len(group["params"]) for group in state["param_groups"]]
-    mine = (sizes, _without(state, tensors)) if root else None
+    problem, tensors, mine = None, list[Tensor](), None
+    state: Any = {}
+    sizes: list[int] = []
+    with internal():
+        try:
+            root = global_process_set.place(root_rank) == session.world.rank
+            groups(optimizer)
+            state = optimizer.state_dict()
+            sizes = [len(group["params"]) for group in state["param_groups"]]
+            mine = (sizes, _without(state, tensors)) if root else None
+        except (MpidlError, *WRONG) as error:
+            problem = ours(error)
+        session.agree(problem, "broadcast_optimizer_state.begin")
     sent = broadcast_object(mine, root_rank, "broadcast_optimizer_state")
     here = [sizes, sent[0]]
     with internal():
-        problem = f"groups of {here[0]} parameters, but rank {root_rank} has {here[1]}"
+        text = f"groups of {here[0]} parameters, but rank {root_rank} has {here[1]}"
         session.agree(
-            InvalidArgument(problem) if here[0] != here[1] else None,
+            InvalidArgument(text) if here[0] != here[1] else None,
             "broadcast_optimizer_state.agree",
         )
     if not root:
@@ -90,18 +106,23 @@ def broadcast_optimizer_state(
 
 def _named(params: Any) -> list[tuple[str, Tensor]]:
     """Return names and tensors. Raises InvalidArgument for what has none."""
+    if isinstance(params, torch.Tensor):  # rows of it are no parameters
+        params = [None]
     items = list(params.items() if hasattr(params, "items") else params)
     named = []
     for i, item in enumerate(items):
         pair = item if isinstance(item, tuple) and len(item) == 2 else (str(i), item)
         name, tensor = pair
-        if not isinstance(item, (tuple, torch.Tensor)):
+        if not isinstance(item, (tuple, torch.Tensor)) or isinstance(name, torch.Tensor):
             raise InvalidArgument(
                 f"broadcast_parameters: {type(item).__name__}: expected a state_dict, "
                 "named_parameters() or parameters()"
             )
         if isinstance(tensor, torch.Tensor) and not _lazy(tensor):
+            dense(tensor)
+            writable(tensor)
             named.append((str(name), tensor))
+    each_once("broadcast_parameters", [name for name, _ in named])
     return named
 
 

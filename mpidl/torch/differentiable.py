@@ -15,8 +15,9 @@ import torch
 
 from mpidl.errors import InvalidArgument
 from mpidl.torch import session as sessions
+from mpidl.torch.arguments import compressor, several
+from mpidl.torch.begin import beginning
 from mpidl.torch.compression import Compression
-from mpidl.torch.errors import internal
 from mpidl.torch.grouped import (
     grouped_allgather_async,
     grouped_allreduce_async,
@@ -36,6 +37,8 @@ from mpidl.torch.reduce_op import Adasum, Average, Sum, reduction
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpidl.torch.reduce_op import ReduceOp
+
 Tensor = Any
 
 
@@ -47,8 +50,8 @@ class _AllReduce(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if ctx.options.op not in (Average, Sum, Adasum):
-            raise InvalidArgument(f"allreduce with {ctx.options.op} has no gradient")
+        if ctx.options.chosen not in (Average, Sum, Adasum):
+            raise InvalidArgument(f"allreduce with {ctx.options.chosen} has no gradient")
         return None, None, *ctx.options.allreduce(grads, None)
 
 
@@ -61,8 +64,8 @@ class _ReduceScatter(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         options = ctx.options
-        scale = options.prescale * options.postscale
-        if options.op == Sum:
+        scale = float(options.prescale) * float(options.postscale)
+        if options.chosen == Sum:
             scale *= options.process_set.size()
         handle = grouped_allgather_async([g * scale for g in grads], None, options.process_set)
         return None, None, *synchronize(handle)
@@ -73,7 +76,7 @@ class _AllGather(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, grouped: bool, process_set: ProcessSet, name: str | None, *tensors: Tensor
     ) -> Any:
-        ctx.process_set, ctx.shapes = process_set, [tensor.shape for tensor in tensors]
+        ctx.process_set = process_set
         if grouped:
             handle = grouped_allgather_async(tensors, name, process_set)
             parts = sessions.active().pending[handle][0]
@@ -82,6 +85,7 @@ class _AllGather(torch.autograd.Function):  # type: ignore[misc]
             handle = allgather_async(tensors[0], name, process_set)
             parts = [sessions.active().pending[handle][0]]
             found = [synchronize(handle)]
+        ctx.shapes = [tensor.shape for tensor in tensors]
         ctx.starts = [sum(part.sizes[: process_set.rank()]) for part in parts]
         return tuple(found)
 
@@ -134,18 +138,25 @@ class _AllToAll(torch.autograd.Function):  # type: ignore[misc]
 class _Reduction:
     """How to combine tensors."""
 
-    op: int
+    op: Any
+    average: Any
     prescale: float
     postscale: float
     process_set: ProcessSet
     grouped: bool  #: whether as a group, if only of one
 
+    @property
+    def chosen(self) -> ReduceOp:
+        """The operation that is meant."""
+        return reduction(self.op, self.average)
+
     def allreduce(self, tensors: Sequence[Tensor], name: str | None) -> tuple[Tensor, ...]:
         scales = (self.prescale, self.postscale)
+        options = (self.average, name, self.op, *scales, self.process_set)
         if not self.grouped:
-            handle = allreduce_async(tensors[0], None, name, self.op, *scales, self.process_set)
+            handle = allreduce_async(tensors[0], *options)
             return (synchronize(handle),)
-        handle = grouped_allreduce_async(tensors, None, name, self.op, *scales, self.process_set)
+        handle = grouped_allreduce_async(tensors, *options)
         return tuple(synchronize(handle))
 
     def reducescatter(self, tensors: Sequence[Tensor], name: str | None) -> tuple[Tensor, ...]:
@@ -172,9 +183,7 @@ def allreduce(
     As `allreduce_async_`, but `tensor` stays as it is; `compression` narrows what travels.
     Differentiable for Average and Sum, by the same operation on the gradients.
     """
-    with internal():
-        chosen = reduction(op, average)
-    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=False)
+    options = _Reduction(op, average, prescale_factor, postscale_factor, process_set, grouped=False)
     return _compressed(_AllReduce, options, [tensor], name, compression)[0]
 
 
@@ -189,9 +198,7 @@ def grouped_allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Return each tensor combined with those of the other ranks, as `allreduce`. Collective."""
-    with internal():
-        chosen = reduction(op, average)
-    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=True)
+    options = _Reduction(op, average, prescale_factor, postscale_factor, process_set, grouped=True)
     return _compressed(_AllReduce, options, tensors, name, compression)
 
 
@@ -205,9 +212,7 @@ def reducescatter(
     postscale_factor: float = 1.0,
 ) -> Tensor:
     """Return this rank's rows of the combined tensors, as `reducescatter_async`. Collective."""
-    with internal():
-        chosen = reduction(op, None)
-    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=False)
+    options = _Reduction(op, None, prescale_factor, postscale_factor, process_set, grouped=False)
     return _compressed(_ReduceScatter, options, [tensor], name, compression)[0]
 
 
@@ -221,9 +226,7 @@ def grouped_reducescatter(
     postscale_factor: float = 1.0,
 ) -> list[Tensor]:
     """Return this rank's rows of each of the combined tensors. Collective."""
-    with internal():
-        chosen = reduction(op, None)
-    options = _Reduction(chosen, prescale_factor, postscale_factor, process_set, grouped=True)
+    options = _Reduction(op, None, prescale_factor, postscale_factor, process_set, grouped=True)
     return _compressed(_ReduceScatter, options, tensors, name, compression)
 
 
@@ -243,6 +246,8 @@ def grouped_allgather(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Return, for each tensor, those of all ranks, joined as by `allgather`. Collective."""
+    with beginning(sessions.active(), "allgather", name, process_set, grouped=True) as name:
+        tensors = several("grouped_allgather", tensors)
     return list(_AllGather.apply(True, process_set, name, *tensors))
 
 
@@ -279,6 +284,11 @@ def _compressed(
     name: str | None,
     compression: Any,
 ) -> list[Tensor]:
-    pairs = [compression.compress(tensor) for tensor in tensors]
+    kind = "allreduce" if function is _AllReduce else "reducescatter"
+    begin = beginning(sessions.active(), kind, name, options.process_set, options.grouped)
+    with begin as name:
+        pairs = [compressor(compression).compress(each) for each in several(kind, tensors)]
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            raise InvalidArgument(f"compress of {compression}: expected a tensor and a context")
     found = function.apply(options, name, *(narrow for narrow, _ in pairs))
     return [compression.decompress(each, ctx) for each, (_, ctx) in zip(found, pairs, strict=True)]

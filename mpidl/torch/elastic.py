@@ -15,6 +15,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from mpidl.elastic import RankDied
+from mpidl.errors import InvalidArgument
+from mpidl.refuse import told
 from mpidl.torch import recovery
 from mpidl.torch import session as sessions
 from mpidl.torch.broadcast import broadcast_optimizer_state, broadcast_parameters
@@ -41,10 +43,16 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
     Under `mpidl run --elastic` ranks may be killed: those that are left go back to the last commit,
     and have other numbers from there on. What `state` holds is at work for them again, each
     `DataParallel` too; communicators of your own are to be made anew, by a callback, say.
+
+    Raises InvalidArgument for a `func` that is none, or a `state` that is no State.
     """
+    if not callable(func):
+        raise InvalidArgument(f"elastic.run: expected a function, not {told(func)}")
 
     @functools.wraps(func)
     def wrapper(state: State, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(state, State):
+            raise InvalidArgument(f"elastic.run: expected a State, not {told(state)}")
         sessions.init()
         recovery.check(state)
         failures, commits = 0, state.commits

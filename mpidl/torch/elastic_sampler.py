@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mpidl.refuse import whole
 from mpidl.torch import session as sessions
+from mpidl.torch.arguments import flag, length
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +26,14 @@ class ElasticSampler(torch.utils.data.Sampler):  # type: ignore[misc]
         dataset: anything with a length, which must not change.
         shuffle: whether the order is random: then it is a pure function of (seed, epoch).
         seed: the same on all ranks.
+
+    Raises InvalidArgument for other values.
     """
 
     def __init__(self, dataset: Any, shuffle: bool = True, seed: int = 0) -> None:
-        self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
+        length("ElasticSampler", dataset)
+        self.dataset, self.shuffle = dataset, flag("shuffle", shuffle)
+        self.seed = whole("seed", seed)
         self.epoch = 0
         self.processed_num = 0  #: samples that all ranks together have recorded
         self.rank = self.num_replicas = self.num_samples = self.total_size = 0
@@ -36,12 +42,12 @@ class ElasticSampler(torch.utils.data.Sampler):  # type: ignore[misc]
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch at its first sample. Not collective; alike on all ranks."""
-        self.epoch, self.processed_num = epoch, 0
+        self.epoch, self.processed_num = whole("epoch", epoch), 0
         self.reset()
 
     def record_batch(self, batch_idx: int, batch_size: int) -> None:  # noqa: ARG002
         """Note that each rank has done with a batch, of `batch_size` samples on each."""
-        self.processed_num += batch_size * self.num_replicas
+        self.processed_num += whole("batch_size", batch_size) * self.num_replicas
 
     @property
     def processed_indices(self) -> set[int]:
@@ -53,9 +59,11 @@ class ElasticSampler(torch.utils.data.Sampler):  # type: ignore[misc]
         return {"epoch": self.epoch, "processed_num": self.processed_num}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after what was recorded then."""
-        self.epoch = state_dict["epoch"]
-        self.processed_num = state_dict["processed_num"]
+        """Go on after what was recorded then. Raises InvalidArgument for what is no state."""
+        known = state_dict if isinstance(state_dict, dict) else {}
+        self.epoch, self.processed_num = (
+            whole(f"the state's {key}", known.get(key)) for key in ("epoch", "processed_num")
+        )
         self.reset()
 
     def reset(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from mpidl import signals, supervised
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.torch.arguments import number
 from mpidl.torch.places import shaped
 
 if TYPE_CHECKING:
@@ -151,6 +152,11 @@ class Gradients:
         problem = self._problem()
         if weight is None:
             weight = self.samples()
+        else:
+            try:
+                weight = number("samples", weight, 0.0)
+            except InvalidArgument as error:
+                weight, problem = 0.0, problem or error
         if self.microbatches is not None:
             weight, problem = self.microbatches.mean()
             self.wanted = True

@@ -5,13 +5,14 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from mpidl.errors import InvalidArgument
 from mpidl.torch import session as sessions
+from mpidl.torch.arguments import factors, several
 from mpidl.torch.arrays import tensor_of
+from mpidl.torch.begin import beginning, fresh, prepare
 from mpidl.torch.errors import internal
-from mpidl.torch.ops import fresh, into, number_of, prepare, synchronize
+from mpidl.torch.ops import into, synchronize
 from mpidl.torch.process_sets import ProcessSet, global_process_set
-from mpidl.torch.reduce_op import Average, reduction
+from mpidl.torch.reduce_op import Average, Sum, reduction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,10 +30,8 @@ def grouped_allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Begin `allreduce_async_` for each tensor; return one handle, whose result is the list."""
-    with internal():
-        chosen = reduction(op, average).name
     scales = (prescale_factor, postscale_factor)
-    return _begin("allreduce", tensors, name, process_set, into, chosen, scales)
+    return _begin("allreduce", tensors, name, process_set, into, (op, average), scales)
 
 
 def grouped_allreduce_async(
@@ -45,10 +44,8 @@ def grouped_allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Do as `grouped_allreduce_async_`, but leave `tensors` alone."""
-    copies = [fresh(tensor) for tensor in tensors]
-    return grouped_allreduce_async_(
-        copies, average, name, op, prescale_factor, postscale_factor, process_set
-    )
+    scales = (prescale_factor, postscale_factor)
+    return _begin("allreduce", tensors, name, process_set, into, (op, average), scales, copy=True)
 
 
 def grouped_allreduce_(
@@ -87,10 +84,8 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> int:
     """Begin `reducescatter_async` for each tensor; return one handle, whose result is a list."""
-    with internal():
-        chosen = reduction(op, None).name
     scales = (prescale_factor, postscale_factor)
-    return _begin("reducescatter", tensors, name, process_set, _made, chosen, scales)
+    return _begin("reducescatter", tensors, name, process_set, _made, (op, None), scales)
 
 
 def _begin(
@@ -99,24 +94,26 @@ def _begin(
     name: str | None,
     process_set: ProcessSet,
     finisher: Callable[[Tensor, Tensor], Callable[[Any], Tensor]],
-    op: str = "sum",
+    op: tuple[int | None, bool | None] = (Sum, None),
     scales: tuple[float, float] = (1.0, 1.0),
+    *,
+    copy: bool = False,
 ) -> int:
     session = sessions.active()
-    with internal():
-        if not tensors:
-            raise InvalidArgument(f"grouped {kind}: expected at least one tensor")
-        base = session.name(number_of(process_set)) if name is None else name
-        names = [f"{base}.{i}" for i in range(len(tensors))]
-        rows = kind != "allreduce"
+    with beginning(session, kind, name, process_set, grouped=True) as base:
+        tensors = several(f"grouped {kind}", tensors)
+        chosen = reduction(*op).name
+        if copy:
+            tensors = [fresh(tensor) for tensor in tensors]
         pairs = [
-            prepare(session, kind, tensor, each, process_set, rows=rows)
-            for tensor, each in zip(tensors, names, strict=True)
+            prepare(kind, tensor, f"{base}.{i}", process_set, kept=kind != "allreduce")
+            for i, tensor in enumerate(tensors)
         ]
         group = group_of(base, process_set)
         for _, request in pairs:
-            request.op, request.group = op, group
-            request.prescale, request.postscale = scales
+            request.op, request.group = chosen, group
+            request.scale(*factors(*scales))
+    with internal():
         handles = session.submit_all([request for _, request in pairs])
     finishers = [finisher(tensor, pair[0]) for tensor, pair in zip(tensors, pairs, strict=True)]
 
@@ -129,7 +126,9 @@ def _begin(
 def group_of(name: str, process_set: ProcessSet) -> int:
     """Return a number for a group, the same on all ranks, in whatever order groups begin."""
     text = f"{process_set.process_set_id} {name}"
-    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+    return int.from_bytes(
+        blake2b(text.encode("utf-8", "backslashreplace"), digest_size=7).digest(), "little"
+    )
 
 
 def _made(tensor: Tensor, _: Tensor) -> Callable[[Any], Tensor]:

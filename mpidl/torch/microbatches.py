@@ -59,11 +59,10 @@ class Loop:
     def run(self, batch: tuple[Any, ...], dim: int) -> Iterator[Any]:
         """Yield parts of this rank's `batch`, and average at the end. Collective."""
         sums, leaves, mine = self.sums, self.sums.tree.leaves, self.sums.mine
-        rows = next((x.shape[dim] for x in pytree.tree_leaves(batch) if torch.is_tensor(x)), 0)
+        rows, problem = _rows(batch, dim)
         total = int(self._world.sum([rows])[0])
         ends = [total * leaf // leaves for leaf in ((*mine, mine.stop) if mine else (0, 0))]
-        problem = None
-        if rows != ends[-1] - ends[0]:
+        if problem is None and rows != ends[-1] - ends[0]:
             problem = InvalidArgument(
                 f"{rows} of the {total} rows of a batch, but its microbatches {mine.start} to "
                 f"{mine.stop - 1} of {leaves} have {ends[-1] - ends[0]}: see "
@@ -103,6 +102,16 @@ def _floats(module: Any) -> dict[str, Array]:
         for name, buffer in module.named_buffers()
         if buffer.dtype in MEANS
     }
+
+
+def _rows(batch: tuple[Any, ...], dim: int) -> tuple[int, InvalidArgument | None]:
+    """Return how many rows a batch has, and what is wrong with it, if anything."""
+    shapes = [tuple(x.shape) for x in pytree.tree_leaves(batch) if torch.is_tensor(x)]
+    rows = {shape[dim] if dim < len(shape) else -1 for shape in shapes}
+    if not rows or -1 in rows or len(rows) > 1:
+        text = f"split: tensors of shapes {shapes}: expected one or more, of equally many rows"
+        return 0, InvalidArgument(text)
+    return rows.pop(), None
 
 
 def _part(batch: tuple[Any, ...], dim: int, start: int, end: int) -> Any:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.torch import session as sessions
+from mpidl.torch.begin import beginning
 from mpidl.torch.errors import internal, on_all
-from mpidl.torch.ops import allgather_async, broadcast_, number_of, synchronize
+from mpidl.torch.ops import allgather_async, broadcast_, synchronize
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 
 if TYPE_CHECKING:
@@ -29,10 +31,15 @@ def broadcast_object(
     """Return rank `root_rank`'s object, a copy of it on the other ranks. Collective.
 
     What pickle cannot take, cloudpickle does, if it is installed; raises InvalidArgument on every
-    rank if neither can. Tensors in it arrive on the CPU if they cannot be where they were.
+    rank if neither can, and where what was pickled cannot be unpickled. Tensors in it arrive on the
+    CPU if they cannot be where they were.
     """
-    name = name or sessions.active().name(number_of(process_set))
-    root = sessions.rank() == root_rank
+    session = sessions.active()
+    with beginning(session, "broadcast", name, process_set) as base:
+        name = base
+    root = False
+    with suppress(MpidlError):  # the broadcast tells it to all
+        root = process_set.place(root_rank) == process_set._rank
     problem, data = None, torch.empty(0, dtype=torch.uint8)
     if root:
         data, problem = _pickled(obj)
@@ -41,9 +48,10 @@ def broadcast_object(
     if not root:
         data = torch.empty(int(length), dtype=torch.uint8)
     broadcast_(data, root_rank, f"{name}.object", process_set)
-    found = problem or obj if root else _unpickled(data)
+    # the root's, too: some objects can be pickled only, and all ranks are to know
+    found = problem or _unpickled(data)
     _check([found], "broadcast_object")
-    return found
+    return obj if root else found
 
 
 def broadcast_object_fn(
@@ -105,7 +113,12 @@ def _check(found: list[Any], what: str) -> None:
 
 
 def _unpickled(data: Any) -> Any:
-    return _Unpickler(io.BytesIO(data.numpy())).load()
+    try:
+        return _Unpickler(io.BytesIO(data.numpy())).load()
+    except Exception as error:  # its class, or torch, knows no better
+        with internal():
+            text = f"an object that cannot be unpickled: {type(error).__name__}: {error}"
+            raise InvalidArgument(text) from error
 
 
 class _Unpickler(pickle.Unpickler):

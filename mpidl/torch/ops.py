@@ -12,8 +12,11 @@ import torch
 
 from mpidl.collectives import Request
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.refuse import told
 from mpidl.torch import session as sessions
+from mpidl.torch.arguments import WRONG, factors, text, wholes, writable
 from mpidl.torch.arrays import host_array, tensor_of
+from mpidl.torch.begin import beginning, copied, number_of, prepare
 from mpidl.torch.errors import as_internal, internal
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 from mpidl.torch.reduce_op import Average, reduction
@@ -24,16 +27,6 @@ if TYPE_CHECKING:
     from mpidl.torch.session import Session
 
 Tensor = Any
-
-
-def number_of(process_set: ProcessSet) -> int:
-    """Return the id of a set. Raises InvalidArgument where this rank cannot use it."""
-    number = process_set.process_set_id
-    if number is None:
-        raise InvalidArgument(f"{process_set}: expected a set that has been added, after init()")
-    if process_set._rank is None:
-        raise InvalidArgument(f"{process_set}: this rank, {sessions.rank()}, is not in it")
-    return number
 
 
 def allreduce_async_(
@@ -54,35 +47,47 @@ def allreduce_async_(
 
     Here and below, `synchronize` raises on every rank RankMismatch where the ranks' tensors or
     arguments differ, InvalidArgument where they are wrong everywhere; all that is raised is a
-    HorovodInternalError, too.
+    HorovodInternalError, too. What a rank can tell is wrong (no tensor, no such operation or root)
+    it raises at once, and the others where they wait. Who gives another name or another process set
+    is waited for: the watchdog tells of it.
     """
     session = sessions._session or sessions.active()
-    chosen = Average if op is None and average is None else reduction(op, average)
-    number = process_set.process_set_id
+    number = getattr(process_set, "process_set_id", None)
     if number is None or process_set._rank is None:
-        number = number_of(process_set)
-    finish = None
+        with internal():
+            number = number_of(process_set)
+    if name.__class__ is not str:
+        with internal():
+            name = session.name(number) if name is None else text("name", name)
+    finish = problem = None
     try:
+        chosen = Average if op is None and average is None else reduction(op, average)
+        if prescale_factor.__class__ is not float or postscale_factor.__class__ is not float:
+            prescale_factor, postscale_factor, problem = factors(prescale_factor, postscale_factor)
         # The usual tensor comes first: with a thousand small ones, a microsecond counts.
         if tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous():
             array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
             dtype, device = "float32", "cpu"
         else:
             host, array, dtype = host_array(tensor)
+            writable(tensor)
             device = tensor.device.type
             if host.data_ptr() != tensor.data_ptr():
                 finish = into(tensor, host)
+    except (MpidlError, *WRONG):
+        with beginning(session, "allreduce", name, process_set):
+            reduction(op, average)
+            host_array(tensor)  # knows what is wrong with it
+            raise
+    try:
         # fmt: off
         handle = session.submit(Request(
-            session.name(number) if name is None else name, "allreduce", array, dtype, chosen.name,
-            0, prescale_factor, postscale_factor, None, number, None, device,
+            name, "allreduce", array, dtype, chosen.name,
+            0, prescale_factor, postscale_factor, None, number, None, device, problem,
         ))
         # fmt: on
     except MpidlError as error:
         raise as_internal(error) from error
-    except (AttributeError, TypeError, RuntimeError):
-        host_array(tensor)  # knows what is wrong with it
-        raise
     session.count = count = session.count + 1
     session.pending[count] = (handle, finish, tensor)
     return count
@@ -99,7 +104,7 @@ def allreduce_async(
 ) -> int:
     """Do as `allreduce_async_`, but leave `tensor` alone: `synchronize` returns a new one."""
     return allreduce_async_(
-        fresh(tensor), average, name, op, prescale_factor, postscale_factor, process_set
+        copied(tensor), average, name, op, prescale_factor, postscale_factor, process_set
     )
 
 
@@ -126,8 +131,9 @@ def allgather_async(
     They may differ in its length. `synchronize` returns a new tensor; of numbers (), a vector.
     """
     session = sessions.active()
+    with beginning(session, "allgather", name, process_set) as name:
+        _, request = prepare("allgather", tensor, name, process_set, kept=True)
     with internal():
-        _, request = prepare(session, "allgather", tensor, name, process_set, rows=True)
         handle = session.submit(request)
     return session.keep(handle, lambda found: tensor_of(found, tensor))
 
@@ -143,9 +149,10 @@ def broadcast_async_(
     The root is a rank of the world, also in a process set. `synchronize` returns `tensor`.
     """
     session = sessions.active()
-    with internal():
-        host, request = prepare(session, "broadcast", tensor, name, process_set)
+    with beginning(session, "broadcast", name, process_set) as name:
+        host, request = prepare("broadcast", tensor, name, process_set)
         request.root = process_set.place(root_rank)
+    with internal():
         handle = session.submit(request)
     return session.keep(handle, into(tensor, host))
 
@@ -157,7 +164,7 @@ def broadcast_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Do as `broadcast_async_`, but leave `tensor` alone: `synchronize` returns a new one."""
-    return broadcast_async_(fresh(tensor), root_rank, name, process_set)
+    return broadcast_async_(copied(tensor), root_rank, name, process_set)
 
 
 def broadcast_(
@@ -183,10 +190,11 @@ def alltoall_async(
     pair of that and the numbers of rows (ranks,) int32 from each.
     """
     session = sessions.active()
-    with internal():
-        _, request = prepare(session, "alltoall", tensor, name, process_set, rows=True)
+    with beginning(session, "alltoall", name, process_set) as name:
+        _, request = prepare("alltoall", tensor, name, process_set, kept=True)
         if splits is not None:
-            request.splits = tuple(int(rows) for rows in splits)
+            request.splits = tuple(wholes("splits", splits))
+    with internal():
         handle = session.submit(request)
 
     def finish(found: Any) -> Any:
@@ -211,10 +219,11 @@ def reducescatter_async(
     `op` is Average or Sum. The parts are as equal as can be, the first ones longer by a row.
     """
     session = sessions.active()
-    with internal():
-        _, request = prepare(session, "reducescatter", tensor, name, process_set, rows=True)
+    with beginning(session, "reducescatter", name, process_set) as name:
+        _, request = prepare("reducescatter", tensor, name, process_set, kept=True)
         request.op = reduction(op, None).name
-        request.prescale, request.postscale = prescale_factor, postscale_factor
+        request.scale(*factors(prescale_factor, postscale_factor))
+    with internal():
         handle = session.submit(request)
     return session.keep(handle, lambda found: tensor_of(found, tensor))
 
@@ -261,52 +270,18 @@ def join(device: int = -1) -> int:  # noqa: ARG001
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Wait for all ranks of the set. Collective."""
     session = sessions.active()
-    number = number_of(process_set)
     with internal():
+        number = number_of(process_set)
         name = session.name(number)
         session.wait(session.submit(Request(name, "barrier", None, process_set=number)))
 
 
-def prepare(
-    session: Session,
-    kind: str,
-    tensor: Tensor,
-    name: str | None,
-    process_set: ProcessSet,
-    *,
-    rows: bool = False,
-) -> tuple[Tensor, Request]:
-    """Return the tensor in host memory, and a request for it; `rows` makes a number () one row."""
-    number = number_of(process_set)
-    host, array, dtype = host_array(tensor)
-    if rows and not host.ndim:
-        array = array.reshape(1)
-    return host, Request(
-        session.name(number) if name is None else name,
-        kind,
-        array,
-        dtype,
-        process_set=number,
-        device=tensor.device.type,
-    )
-
-
-def fresh(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy, which knows no gradient."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        with internal():
-            host_array(tensor)  # raises
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
 def find(session: Session, handle: int) -> Any:
     """Return what is pending under a handle. Raises InvalidArgument if nothing is."""
-    try:
-        return session.pending[handle]
-    except (KeyError, TypeError):
-        raise InvalidArgument(
-            f"handle {handle!r} is unknown, or was synchronized already"
-        ) from None
+    found = session.pending.get(handle) if handle.__class__ is int else None
+    if found is None:
+        raise InvalidArgument(f"handle {told(handle)} is unknown, or was synchronized already")
+    return found
 
 
 def into(tensor: Tensor, host: Tensor) -> Callable[[Any], Tensor]:

@@ -6,14 +6,17 @@ import gc
 import itertools
 import warnings
 import weakref
-from collections import Counter
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import told, whole
 from mpidl.torch.adasum import AdasumSteps
+from mpidl.torch.arguments import WRONG, compressor, each_once, flag, number
+from mpidl.torch.arguments import groups as of_groups
 from mpidl.torch.averages import Averages
 from mpidl.torch.compression import Compression
 from mpidl.torch.process_sets import ProcessSet, global_process_set
@@ -69,14 +72,18 @@ def DistributedOptimizer(
     Raises InvalidArgument, a ValueError, for names that are missing or not unique, and for values
     that cannot be.
     """
+    of_groups(optimizer)
     op = reduction(op, None)
+    number("gradient_predivide_factor", gradient_predivide_factor)
     if gradient_predivide_factor != 1.0 and op != Average:
         raise InvalidArgument("gradient_predivide_factor: expected op=Average with it")
-    if backward_passes_per_step < 1 or gradient_predivide_factor <= 0:
-        raise InvalidArgument(
-            f"{backward_passes_per_step=}, {gradient_predivide_factor=}: expected 1 or more, and "
-            "more than 0"
-        )
+    if gradient_predivide_factor <= 0:
+        raise InvalidArgument(f"{gradient_predivide_factor=}: expected more than 0")
+    whole("backward_passes_per_step", backward_passes_per_step, 1)
+    flag("sparse_as_dense", sparse_as_dense)
+    compressor(compression)
+    if not isinstance(process_set, ProcessSet):
+        raise InvalidArgument(f"process_set={told(process_set)}: expected a ProcessSet")
     mixin: Any = AdasumSteps if op == Adasum else _Averaged
     kind = type(optimizer)
     made: Any = object.__new__(type(kind.__name__, (mixin, kind), {}))
@@ -139,6 +146,8 @@ class _Averaged:
             averages.done = False
             return super().step(closure, **options)  # type: ignore[misc]
         if closure is not None:
+            if not callable(closure):
+                raise InvalidArgument(f"step({told(closure)}): expected a function, or None")
             found = super().step(self._around(closure), **options)  # type: ignore[misc]
         else:
             if not averages.done:
@@ -169,9 +178,7 @@ class _Averaged:
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Average after so many backward passes from now on. Not collective; alike on all ranks."""
-        if passes < 1:
-            raise InvalidArgument(f"{passes} backward passes per step: expected 1 or more")
-        self._averages.passes = passes
+        self._averages.passes = whole("backward passes per step", passes, 1)
         self._averages.count_anew()
 
     def forget(self) -> None:
@@ -202,14 +209,15 @@ def _names(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if named_parameters is None:
         return _free("gradients", [], process_set), {}
-    named = list(named_parameters)
+    try:
+        named = list(named_parameters)
+    except WRONG:
+        named = [named_parameters]  # type: ignore[list-item]
     if not all(isinstance(item, tuple) and len(item) == 2 for item in named):
         raise InvalidArgument(
             "named_parameters: expected pairs, as model.named_parameters() gives them"
         )
-    twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
-    if twice:
-        raise InvalidArgument(f"named_parameters: expected each name once, not {', '.join(twice)}")
+    each_once("named_parameters", [name for name, _ in named])
     given = {id(p): name for name, p in named}
     missing = [tuple(p.shape) for p in params if id(p) not in given]
     if missing:
@@ -239,12 +247,12 @@ def _free(base: str, names: list[str], process_set: ProcessSet) -> str:
 def _groups(optimizer: Any, groups: int | Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """Return the parameters of each group that is asked for. Raises InvalidArgument."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if isinstance(groups, int):
-        if groups < 0:
-            raise InvalidArgument(f"{groups=}: expected 0 or more")
+    if isinstance(groups, (int, Integral)):
+        groups = whole("groups", groups)
         bounds = [len(params) * i // groups for i in range(groups + 1)] if groups else []
         return [params[a:b] for a, b in itertools.pairwise(bounds) if b > a]
-    if not all(isinstance(group, (list, tuple)) for group in groups):
+    known = isinstance(groups, (list, tuple))
+    if not known or not all(isinstance(group, (list, tuple)) for group in groups):
         raise InvalidArgument("groups: expected a number, or lists of parameters")
     here = {id(p) for p in params}
     chosen = [[p for p in group if id(p) in here] for group in groups]

@@ -14,7 +14,8 @@ from mpidl import bucket, codecs, strategies
 from mpidl.arguments import check_averaging
 from mpidl.errors import InvalidArgument
 from mpidl.overlap import Overlap, for_thread, made_for_thread
-from mpidl.torch import linear, places
+from mpidl.refuse import told
+from mpidl.torch import arguments, linear, places
 from mpidl.torch.buffers import Buffers
 from mpidl.torch.gradients import Gradients
 from mpidl.torch.microbatches import Loop
@@ -94,7 +95,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             bucket_bytes=bucket_bytes,
             microbatches=microbatches,
         )
-        self._register_load_state_dict_pre_hook(add_prefix)
+        self._register_load_state_dict_pre_hook(places.add_prefix)
         self.enter(world or current())
 
     def enter(self, world: World) -> None:
@@ -107,6 +108,9 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         self._owned: OwnedSteps | None = None
         self._loop: Loop | None = None
         asked, module, optimizer = self._asked, self.module, self.optimizer
+        with world.together():
+            arguments.module("DataParallel", module)
+            arguments.check_replica(optimizer, asked, self._batch_dim)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         world.same_lines(places.describe(module))
@@ -150,7 +154,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         owns = owns and in_parts(world, self.strategy)
         at_once = bucket.bytes_for(size, asked.bucket_bytes, overlaps=beside is not None)
         values = {name: p.detach() for name, p in trained.items()}
-        undo.callback(_bring_home, trained)
+        undo.callback(places.bring_home, trained)
         self.buckets, self._places = places.lay_out(
             trained, self.strategy, at_once, group_of, moves=owns
         )
@@ -250,6 +254,8 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         what follows each backward, by default `optimizer.step`: pass what also clips, or sets the
         rate, if you do.
         """
+        if update is not None and not callable(update):
+            raise InvalidArgument(f"join({told(update)}): expected a function, or None")
         yield
         if update is None and self.optimizer is not None:
             update = self.optimizer.step
@@ -258,7 +264,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
                 update()
 
     def average_gradients(self, samples: float = 0.0) -> None:
-        """Take part in averaging where this rank has no backward to make. Collective."""
+        """Take part in averaging where this rank has no backward. Collective."""
         self._gradients.average(samples)
 
     def gather_optimizer_state(self) -> None:
@@ -290,12 +296,19 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Copy `state` into the module, as its own method does. Collective."""
+        """Copy `state` into the module, as its own method does. Collective.
+
+        Raises on every rank InvalidArgument where that raises on any: names or shapes differ.
+        """
         if not self.buckets:
             return self.module.load_state_dict(state, *args, **kwargs)
         self.world.barrier()  # nobody reads the old values any more
-        found = self.module.load_state_dict(state, *args, **kwargs)
-        self.world.barrier()
+        found: Any = None
+        with self.world.together():
+            try:
+                found = self.module.load_state_dict(state, *args, **kwargs)
+            except RuntimeError as error:
+                raise arguments.ours(error) from error
         if self._loop is not None:
             self._loop.restart()
         return found
@@ -334,16 +347,3 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             if torch.is_tensor(value) and value.ndim > self._batch_dim:
                 return float(value.shape[self._batch_dim])
         return 1.0
-
-
-def _bring_home(parameters: Mapping[str, Any]) -> None:
-    """Let parameters have memory of this rank's own, and no gradients."""
-    for parameter in parameters.values():
-        parameter.data = parameter.data.clone()
-        parameter.grad = None
-
-
-def add_prefix(state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a module that has a DataParallel within it load its own `state_dict`."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -178,3 +178,16 @@ def describe(module: Any) -> list[str]:
 def size_bytes(parameters: Mapping[str, Any]) -> int:
     """Return the bytes of all gradients as they are averaged."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(stand_in, parameters.values()))
+
+
+def bring_home(parameters: Mapping[str, Any]) -> None:
+    """Let parameters have memory of this rank's own, and no gradients."""
+    for parameter in parameters.values():
+        parameter.data = parameter.data.clone()
+        parameter.grad = None
+
+
+def add_prefix(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a module that has a DataParallel within it load its own `state_dict`."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from mpidl.errors import InvalidArgument, RankMismatch
+from mpidl.refuse import told
 from mpidl.torch import session as sessions
+from mpidl.torch.arguments import WRONG, ours, wholes
 from mpidl.torch.errors import internal, on_all
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ class ProcessSet:
 
     `ranks_or_comm` are ranks of the world, or an mpi4py communicator of those. The latter may be
     another one on other ranks, as MPI_Comm_split makes them. `process_set_id` is None, until the
-    set has been added, and after it was removed.
+    set has been added, and after it was removed. Raises InvalidArgument for others.
     """
 
     def __init__(self, ranks_or_comm: Sequence[int] | Any) -> None:
@@ -28,7 +31,7 @@ class ProcessSet:
         self.ranks: list[int] | None = None
         self._rank: int | None = None  # of this process in the set
         if self.mpi_comm is None:
-            self.ranks = sorted({int(rank) for rank in ranks_or_comm})
+            self.ranks = sorted({*wholes("ProcessSet", ranks_or_comm)})
 
     def included(self) -> bool | None:
         """Return whether this process is in the set; None before it has been added."""
@@ -44,8 +47,9 @@ class ProcessSet:
 
     def place(self, rank: int) -> int:
         """Return where in the set a rank of the world is. Raises InvalidArgument if nowhere."""
-        if self.ranks is None or rank not in self.ranks:
-            raise InvalidArgument(f"root_rank={rank}: expected one of the ranks of {self}")
+        known = isinstance(rank, Integral) and not isinstance(rank, bool)
+        if not known or self.ranks is None or rank not in self.ranks:
+            raise InvalidArgument(f"root_rank={told(rank)}: expected one of the ranks of {self}")
         return self.ranks.index(rank)
 
     def _enter(self, number: int, ranks: Iterable[int], rank: int) -> None:
@@ -75,17 +79,20 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     than there are; RankMismatch where the ranks add different ones.
     """
     session = sessions.active()
-    if not isinstance(process_set, ProcessSet):
-        process_set = ProcessSet(process_set)
-    if process_set.process_set_id is not None:
-        raise InvalidArgument(f"{process_set} has been added already")
-    world = session.world
+    world, problem = session.world, None
+    mine: tuple[tuple[int, ...], bool] = ((), True)
     with internal():
-        mine = (_ranks_of(process_set, world), process_set.mpi_comm is None)
-        told = session.gather(mine, "add_process_set")
-        given = [ranks for ranks, _ in told]
+        try:
+            made = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
+            if made.process_set_id is not None:
+                raise InvalidArgument(f"{made} has been added already")
+            mine = (_ranks_of(made, world), made.mpi_comm is None)
+        except WRONG as error:
+            problem = ours(error)
+        found = session.gather_well(mine, problem, "add_process_set")
+        given = [ranks for ranks, _ in found]
         wanted = list(dict.fromkeys(given))
-        if len(wanted) > 1 and any(alike for _, alike in told):
+        if len(wanted) > 1 and any(alike for _, alike in found):
             rest = given.index(wanted[1])
             text = f"add_process_set: rank 0: ranks {given[0]}; rank {rest}: ranks {given[rest]}"
             raise on_all(RankMismatch(text))
@@ -100,24 +107,38 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
             number = session.engine.add_process_set(ranks)
             _known[number] = ranks
             if ranks == given[world.rank]:
-                process_set._enter(number, ranks, world.rank)
-    _added.append(process_set)
-    return process_set
+                made._enter(number, ranks, world.rank)
+    _added.append(made)
+    return made
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
     """Remove a set, and return whether there was one to remove. Collective over all ranks.
 
-    That of all ranks stays. `process_set` can be added again.
+    That of all ranks stays. `process_set` can be added again. Raises on every rank InvalidArgument
+    for what is no process set; RankMismatch where the ranks remove different ones, but for those
+    that were made of communicators.
     """
     session = sessions.active()
-    number = process_set.process_set_id
-    if number is None or process_set is global_process_set:
-        return False
+    mine: tuple[int | None, bool] = (None, True)
+    problem = None
+    if not isinstance(process_set, ProcessSet):
+        problem = InvalidArgument(f"remove_process_set: {told(process_set)}: expected a ProcessSet")
+    elif process_set is not global_process_set:
+        mine = (process_set.process_set_id, process_set.mpi_comm is None)
     with internal():
-        for each in dict.fromkeys(session.gather(number, "remove_process_set")):
-            session.engine.remove_process_set(each)
-            del _known[each]
+        found = session.gather_well(mine, problem, "remove_process_set")
+        numbers = list(dict.fromkeys(number for number, _ in found))
+        if len(numbers) > 1 and any(alike for _, alike in found):
+            rest = next(i for i, (number, _) in enumerate(found) if number != numbers[0])
+            text = f"rank 0: that of id {numbers[0]}; rank {rest}: that of id {found[rest][0]}"
+            raise on_all(RankMismatch(f"remove_process_set: {text}"))
+        for each in numbers:
+            if each is not None:
+                session.engine.remove_process_set(each)
+                del _known[each]
+    if mine[0] is None:
+        return False
     process_set._leave()
     _added.remove(process_set)
     return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import told
+from mpidl.torch.arguments import flag
 
 
 class ReduceOp(int):
@@ -15,6 +17,10 @@ class ReduceOp(int):
         made = super().__new__(cls, number)
         made.name = name
         return made
+
+    def __getnewargs__(self) -> tuple[int, str]:  # type: ignore[override]
+        """Return what makes a copy, for pickle."""
+        return int(self), self.name
 
     def __repr__(self) -> str:
         return self.name.capitalize()
@@ -35,9 +41,9 @@ def reduction(op: int | None, average: bool | None) -> ReduceOp:
     if average is not None:
         if op is not None:
             raise InvalidArgument("expected `op` or `average`, not both")
-        return Average if average else Sum
+        return Average if flag("average", average) else Sum
     if op is None:
         return Average
-    if not isinstance(op, int) or not 0 <= op < len(OPERATIONS):
-        raise InvalidArgument(f"op={op!r}: expected one of {list(OPERATIONS)}")
+    if not isinstance(op, int) or isinstance(op, bool) or not 0 <= op < len(OPERATIONS):
+        raise InvalidArgument(f"op={told(op)}: expected one of {list(OPERATIONS)}")
     return OPERATIONS[op]

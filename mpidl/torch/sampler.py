@@ -10,6 +10,7 @@ import torch
 
 from mpidl.data.batches import batches
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import told, whole
 from mpidl.torch import session as sessions
 from mpidl.torch.errors import internal
 from mpidl.tree import Tree
@@ -81,9 +82,7 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch at its first batch, or the same one anew. Not collective."""
-        if epoch < 0:
-            raise InvalidArgument(f"{epoch=}: expected 0 or more")
-        self.epoch, self.start, self.done = epoch, 0, 0
+        self.epoch, self.start, self.done = whole("epoch", epoch), 0, 0
 
     def state_dict(self) -> dict[str, int | bool]:
         """Return what `load_state_dict` takes."""
@@ -100,10 +99,16 @@ class Sampler(torch.utils.data.Sampler):  # type: ignore[misc]
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another sampler was. Raises InvalidArgument if its batches were others."""
         mine = self.state_dict()
+        known = state if isinstance(state, dict) else {}
         for key in ("batch_size", "seed", "shuffle", "samples"):
-            if mine[key] != state[key]:
-                raise InvalidArgument(f"Sampler: {key}={mine[key]}, but the state has {state[key]}")
-        self.epoch, self.done = state["epoch"], state["done"]
+            found = known.get(key)
+            if type(found) is not type(mine[key]) or mine[key] != found:
+                raise InvalidArgument(
+                    f"Sampler: {key}={mine[key]}, but the state has {told(found)}"
+                )
+        self.epoch, self.done = (
+            whole(f"Sampler: the state's {key}", known.get(key)) for key in ("epoch", "done")
+        )
         self.start = self.done % len(self)  # a finished epoch begins again
 
 
@@ -144,6 +149,7 @@ class Loader:
         For a loop that goes on in the middle of one, after `load_state_dict`: `for epoch in
         loader.epochs(5): for x, y in loader: ...`.
         """
+        whole("epochs", stop)
         if self._done == len(self):
             self.set_epoch(self.epoch + 1)
         while self.epoch < stop:
@@ -175,6 +181,8 @@ def loader(
     See `Sampler`, which raises the same. `options` are those of torch.utils.data.DataLoader, such
     as `num_workers`. A part without samples has tensors of length 0.
     """
+    if collate_fn is not None and not callable(collate_fn):
+        raise InvalidArgument(f"collate_fn={told(collate_fn)}: expected a function, or None")
     sampler = Sampler(dataset, batch_size, shuffle=shuffle, seed=seed, microbatches=microbatches)
     collate = _Collate(dataset, collate_fn or torch.utils.data.default_collate)
     made = torch.utils.data.DataLoader(

@@ -16,8 +16,10 @@ from mpidl import abort, config, signals
 from mpidl import world as worlds
 from mpidl.collectives import Engine, Request
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
-from mpidl.marks import some
+from mpidl.marks import by_rank, some
+from mpidl.refuse import told
 from mpidl.torch import process_sets as sets
+from mpidl.torch.arguments import is_communicator, wholes
 from mpidl.torch.errors import internal, on_all
 from mpidl.world import World
 
@@ -66,6 +68,14 @@ class Session:
         self._unnamed[process_set] = number = self._unnamed[process_set] + 1
         return f"unnamed.{process_set}.{number}"
 
+    def refuse(self, name: str, kind: str, process_set: int, error: MpidlError) -> None:
+        """Tell the other ranks of the set, who wait for it, what this rank cannot do its part for.
+
+        Not collective: they raise RankMismatch when they wait, this rank raises `error`.
+        """
+        with suppress(MpidlError):  # in flight, or the engine is closed
+            self.submit(Request(name, kind, process_set=process_set, problem=str(error)))
+
     def layer(self, module: Any) -> str:
         """Return a name for a module: the same on all ranks, where they first use it in one order.
 
@@ -95,11 +105,16 @@ class Session:
 
     def agree(self, problem: MpidlError | None, what: str) -> None:
         """Do as `World.agree`, through the engine; `what` is a name. Collective."""
-        problems = self.gather(problem and (type(problem), str(problem)), what)
-        found = next((p for p in problems if p is not None), None)
+        self.gather_well(None, problem, what)
+
+    def gather_well(self, value: Any, problem: MpidlError | None, what: str) -> list[Any]:
+        """Return the values of all ranks; raise on all of them any rank's problem. Collective."""
+        told = self.gather((value, problem and (type(problem), str(problem))), what)
+        found = next((p for _, p in told if p is not None), None)
         if found is not None:
-            who = [rank for rank, p in enumerate(problems) if p == found]
+            who = [rank for rank, (_, p) in enumerate(told) if p == found]
             raise on_all(found[0](f"{some(who)}: {found[1]}"))
+        return [value for value, _ in told]
 
     def count_anew(self) -> None:
         """Begin again with names, where ranks may have come to different numbers."""
@@ -130,24 +145,39 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
     global _session
     if _session is not None:
         return
-    if isinstance(process_sets, str) and process_sets != "dynamic":
-        raise InvalidArgument(f'{process_sets=}: expected a list of process sets, or "dynamic"')
     world = worlds.init()
     abort.watch(world.MPI)
     _session = Session(_world_of(world, comm))
-    sets.set_up(_session, comm if hasattr(comm, "Get_rank") else None)
-    for process_set in (
-        () if process_sets is None or isinstance(process_sets, str) else process_sets
-    ):
-        sets.add_process_set(process_set)
+    sets.set_up(_session, comm if is_communicator(comm) else None)
+    none = process_sets is None or (isinstance(process_sets, str) and process_sets == "dynamic")
+    wanted: Any = [] if none else process_sets
+    problem = None
+    if not isinstance(wanted, (list, tuple)):
+        problem = InvalidArgument(
+            f'process_sets={told(wanted)}: expected a list of process sets, or "dynamic"'
+        )
+    try:
+        with internal():
+            numbers = _session.gather_well(0 if problem else len(wanted), problem, "init")
+            if len({*numbers}) > 1:
+                raise on_all(
+                    RankMismatch(f"init: {by_rank(dict(enumerate(numbers)))} process sets")
+                )
+        for process_set in wanted:
+            sets.add_process_set(process_set)
+    except MpidlError:  # of all ranks: none is initialized
+        shutdown()
+        raise
 
 
 def _world_of(world: World, comm: Any) -> World:
     if comm is None or (isinstance(comm, (list, tuple)) and not comm):
         return world
-    if hasattr(comm, "Get_rank"):
+    if is_communicator(comm):
+        if comm == world.MPI.COMM_NULL:
+            raise InvalidArgument("init(comm): MPI_COMM_NULL")
         return World.of(world.MPI, comm)
-    ranks = [int(rank) for rank in comm]
+    ranks = wholes("init(comm)", comm)
     if world.rank not in ranks or len({*ranks} & {*range(world.size)}) < len(ranks):
         raise InvalidArgument(
             f"init(comm={ranks}) on rank {world.rank} of {world.size}: expected different ranks "

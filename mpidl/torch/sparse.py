@@ -9,9 +9,9 @@ import torch
 from mpidl.errors import InvalidArgument, RankMismatch
 from mpidl.torch import session as sessions
 from mpidl.torch.arrays import tensor_of
+from mpidl.torch.begin import beginning, prepare
 from mpidl.torch.errors import as_internal, internal, on_all
 from mpidl.torch.grouped import group_of
-from mpidl.torch.ops import prepare
 from mpidl.torch.process_sets import ProcessSet, global_process_set
 from mpidl.torch.reduce_op import Average, Sum, reduction
 
@@ -34,22 +34,22 @@ def sparse_allreduce_async(
     every rank where shapes differ.
     """
     session = sessions.active()
-    with internal():
+    with beginning(session, "allgather", name, process_set) as base:
         chosen: ReduceOp = reduction(op, None)
-        if not tensor.is_sparse or chosen not in (Average, Sum):
+        if not getattr(tensor, "is_sparse", False) or chosen not in (Average, Sum):
+            layout = getattr(tensor, "layout", type(tensor).__name__)
             raise InvalidArgument(
-                f"sparse_allreduce_async: a tensor of {tensor.layout} with {chosen}: expected "
+                f"sparse_allreduce_async: a tensor of {layout} with {chosen}: expected "
                 "torch.sparse_coo, and Average or Sum"
             )
         found = tensor.detach().coalesce()
         # Values come first, under the name itself: a rank with a dense tensor of this name is told.
-        values, first = prepare(session, "allgather", found.values(), name, process_set)
+        values, first = prepare("allgather", found.values(), base, process_set)
         places = found.indices().t()
-        _, second = prepare(session, "allgather", places, f"{first.name}.indices", process_set)
-        _, third = prepare(
-            session, "allgather", torch.tensor([found.shape]), f"{first.name}.shape", process_set
-        )
-        first.group = second.group = third.group = group_of(first.name, process_set)
+        _, second = prepare("allgather", places, f"{base}.indices", process_set)
+        _, third = prepare("allgather", torch.tensor([found.shape]), f"{base}.shape", process_set)
+        first.group = second.group = third.group = group_of(base, process_set)
+    with internal():
         handles = session.submit_all([first, second, third])
     divisor = process_set.size() if chosen == Average else 1
 

@@ -7,8 +7,13 @@ from typing import Any
 import torch
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import whole
+from mpidl.torch import arguments
 from mpidl.torch import session as sessions
+from mpidl.torch.arguments import dense, flag, number, refuses
+from mpidl.torch.begin import beginning
 from mpidl.torch.ops import allgather_async, allreduce_, synchronize
+from mpidl.torch.process_sets import global_process_set
 from mpidl.torch.reduce_op import Sum
 
 Tensor = Any
@@ -24,8 +29,10 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
     evaluation, and on one rank, it is torch's own.
 
     Ioffe and Szegedy 2015. Moments of the ranks are merged as Chan, Golub and LeVeque (1983) do.
+    Raises InvalidArgument for options that cannot be.
     """
 
+    @refuses
     def __init__(
         self,
         num_features: int,
@@ -36,24 +43,37 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        whole("num_features", num_features, 1)
+        if number("eps", eps) <= 0:
+            raise InvalidArgument(f"{eps=}: expected more than 0")
+        if momentum is not None:
+            number("momentum", momentum)
+        flag("affine", affine)
+        flag("track_running_stats", track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.path = ""  #: in the model that it was converted with, for errors
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+        dense(input)
+        who = f"{self.path + ': ' * bool(self.path)}{self}"
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise InvalidArgument(
-                f"{self.path + ': ' * bool(self.path)}{self}: input of shape "
+                f"{who}: input of shape "
                 f"{tuple(input.shape)}: expected (samples, {self.num_features}, ...)"
             )
+        if not input.is_floating_point():
+            raise InvalidArgument(f"{who}: input of {input.dtype}: expected floating-point numbers")
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the output, shaped like the input. Collective in training."""
-        self._check_input_dim(input)
         if not self.training or sessions.size() == 1:
+            self._check_input_dim(input)
             return super().forward(input)
-        output, count, mean, var = _Normalize.apply(
-            input, self.weight, self.bias, self.eps, sessions.active().layer(self)
-        )
+        session = sessions.active()
+        name = session.layer(self)
+        with beginning(session, "allgather", f"{name}.forward", global_process_set):
+            self._check_input_dim(input)
+        output, count, mean, var = _Normalize.apply(input, self.weight, self.bias, self.eps, name)
         if self.track_running_stats and self.running_mean is not None:
             self._move(count, mean, var)
         return output
@@ -75,7 +95,11 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
 
     @classmethod
     def convert_sync_batchnorm(cls, module: Any) -> Any:
-        """Return a model with its layers of torch.nn.BatchNorm replaced, parameters kept."""
+        """Return a model with its layers of torch.nn.BatchNorm replaced, parameters kept.
+
+        Raises InvalidArgument for what is no module.
+        """
+        arguments.module("convert_sync_batchnorm", module)
         return cls._converted(module, "")
 
     @classmethod

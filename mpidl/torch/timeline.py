@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidl.errors import InvalidArgument
+from mpidl.refuse import told
 from mpidl.torch import session as sessions
 
 if TYPE_CHECKING:
@@ -35,13 +36,16 @@ def start_timeline(
     the copies to and from a buffer, if it went with others, and MPI's part. Below, each thread has
     a row of what it waited for. On other ranks nothing is recorded, as in Horovod. `mark_cycles`
     is there for Horovod's sake: there are no cycles. Raises InvalidArgument before `init`, and
-    where a timeline is being recorded.
+    where a timeline is being recorded, and on rank 0 for a file that cannot be written.
     """
     session = sessions.active()
     if session.timeline is not None:
         raise InvalidArgument("start_timeline: one is being recorded; call stop_timeline() first")
     if session.world.rank == 0:
-        session.timeline = Timeline(Path(file_path), session)
+        try:
+            session.timeline = Timeline(Path(file_path), session)
+        except (OSError, TypeError, ValueError) as error:
+            raise InvalidArgument(f"start_timeline({told(file_path)}): {error}") from error
 
 
 def stop_timeline() -> None:

@@ -1,4 +1,4 @@
-"""Run in a child process, so that a crash of the interpreter is seen: one group of functions.
+"""Run in a child process, so that a crash of the interpreter is seen: one group, or several.
 
 python -m tests.fuzz GROUP JOURNAL --seed 7 --examples 20    # random ones
 python -m tests.fuzz GROUP JOURNAL --all                     # each hostile value in each place
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import fnmatch
 import importlib
 import resource
 import sys
@@ -22,7 +23,7 @@ import hypothesis
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
-from tests.fuzz import calls, hostile
+from tests.fuzz import calls, hostile, names
 
 MEMORY_BYTES = 2 << 30  # beyond what is used at the start; what asks for more gets MemoryError
 
@@ -35,14 +36,22 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--complete", action="store_true", help="compare the names with the tables")
     options = parser.parse_args()
     faulthandler.enable()
-    table = importlib.import_module(f"tests.fuzz.tables.{options.group}").TABLE
-    table = {name: make for name, make in table.items() if options.only in name}
+    modules = [importlib.import_module(f"tests.fuzz.tables.{g}") for g in options.group.split(",")]
+    table, values = {}, dict(hostile.HOSTILE)
+    for module in modules:
+        table |= {name: make for name, make in module.TABLE.items() if options.only in name}
+        values |= getattr(module, "HOSTILE", {})
     limit_memory()
     journal = calls.Journal(options.journal)
+    failures = unknown(options.group.split(","), table) if options.complete else []
     check_valid(table, journal)
-    failures = every(table, journal) if options.all else some(table, journal, options)
+    if options.all:
+        failures += every(table, values, journal)
+    else:
+        failures += some(table, hostile.drawn(values), journal, options)
     for failure in failures:
         print(failure)
     journal.note("")
@@ -55,10 +64,24 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
+def unknown(groups: list[str], table: dict[str, Any]) -> list[str]:
+    """Return what is public in adapters and in no table, and what is in one and not public."""
+    public = {name for group in groups for name in names.of_group(group)}
+    public = {name for name in public if not name.startswith("world:")}
+    reasons = [r for r in names.INTERNAL_THERE if fnmatch.filter(public, r)]
+    told = {name for reason in reasons for name in fnmatch.filter(public, reason)}
+    return [
+        *(f"{name}: expected it in a table" for name in sorted(public - set(table) - told)),
+        *(f"{name}: is no longer public" for name in sorted(set(table) - public)),
+    ]
+
+
 def check_valid(table: dict[str, Callable[[], calls.Given]], journal: calls.Journal) -> None:
     """Make sure that each function takes what the table gives it, or the rest proves little."""
     for name, make in table.items():
-        function, made = calls.names.resolve(name), make()
+        function, made = names.resolve(name), make()
+        if made.refused:
+            continue
         journal.note(f"{name} with valid arguments")
         try:
             with calls._quiet():
@@ -71,7 +94,7 @@ def check_valid(table: dict[str, Callable[[], calls.Given]], journal: calls.Jour
 
 
 def some(
-    table: dict[str, Callable[[], calls.Given]], journal: calls.Journal, options: Any
+    table: dict[str, Callable[[], calls.Given]], values: Any, journal: calls.Journal, options: Any
 ) -> list[str]:
     """Replace one or two arguments of each function by drawn values, some times."""
     failures = []
@@ -79,7 +102,7 @@ def some(
         made = make()
         places = st.sampled_from(calls.slots(made))
         made.close()
-        changes = st.dictionaries(places, hostile.VALUES, min_size=1, max_size=2)
+        changes = st.dictionaries(places, values, min_size=1, max_size=2)
         attempt = partial(calls.check, name, make, journal=journal)
         failures += failures_of(attempt, changes, options.seed + number, options.examples)
     return failures
@@ -110,7 +133,11 @@ def failures_of(
     return []
 
 
-def every(table: dict[str, Callable[[], calls.Given]], journal: calls.Journal) -> list[str]:
+def every(
+    table: dict[str, Callable[[], calls.Given]],
+    values: dict[str, Callable[[], Any]],
+    journal: calls.Journal,
+) -> list[str]:
     """Put each hostile value into each place, one at a time."""
     found: Counter[str] = Counter()
     texts: dict[str, str] = {}
@@ -120,7 +147,7 @@ def every(table: dict[str, Callable[[], calls.Given]], journal: calls.Journal) -
         places = calls.slots(made)
         made.close()
         for place in places:
-            for item in hostile.HOSTILE.items():
+            for item in values.items():
                 begin = time.monotonic()
                 try:
                     calls.check(name, make, {place: item}, journal)

@@ -107,12 +107,15 @@ def _of_itself() -> Any:
     return value
 
 
-def _drawn() -> st.SearchStrategy[tuple[str, Callable[[], Any]]]:
-    fixed = st.sampled_from(sorted(HOSTILE.items(), key=lambda item: item[0]))
+def drawn(
+    values: dict[str, Callable[[], Any]],
+) -> st.SearchStrategy[tuple[str, Callable[[], Any]]]:
+    """Return what draws from `values`, or numbers, lists, words and arrays of no kind."""
+    fixed = st.sampled_from(sorted(values.items(), key=lambda item: item[0]))
     number = st.integers() | st.floats() | st.integers(-3, 9) | st.floats(width=16)
     several = st.lists(st.integers(-3, 5), max_size=4)
     word = st.text(max_size=6) | st.sampled_from(PATHS)
-    drawn = number | several | several.map(tuple) | word | st.binary(max_size=6)
+    others = number | several | several.map(tuple) | word | st.binary(max_size=6)
     shape = st.lists(st.integers(0, 4), max_size=5).map(tuple)
     kinds = st.sampled_from(["f4", "f8", "f2", "i8", "u1", "?", "c8"])
     arrays = st.tuples(shape, kinds).map(
@@ -121,7 +124,4 @@ def _drawn() -> st.SearchStrategy[tuple[str, Callable[[], Any]]]:
             lambda: np.ones(found[0], found[1]),
         )
     )
-    return fixed | arrays | drawn.map(lambda value: (repr(value), lambda: value))
-
-
-VALUES = _drawn()
+    return fixed | arrays | others.map(lambda value: (repr(value), lambda: value))

@@ -21,6 +21,19 @@ PACKAGES = {
     ),
 }  # fmt: skip
 
+#: Adapters, by the groups that tests/fuzz/test_adapters.py fuzzes.
+ADAPTERS = {
+    "jax": ("mpidl.jax",),
+    "keras": ("mpidl.keras",),
+    "tensorflow": ("mpidl.tensorflow",),
+    "torch": ("mpidl.torch",),
+    "torch_training": ("mpidl.torch", "mpidl.torch.elastic"),
+}
+#: Classes that users get without a public name: "module:qualified.name".
+RETURNED = {
+    "torch_training": ("torch.adasum:AdasumSteps", "torch.optimizer:_Averaged"),
+}
+
 #: What users do not call, or make themselves: who calls it hands over what it has checked.
 #: Patterns of names, and why.
 INTERNAL = {
@@ -55,6 +68,18 @@ INTERNAL = {
     "world:World*": "for strategies, which pass what they have checked",
 }
 
+#: As INTERNAL, of the adapters.
+INTERNAL_THERE = {
+    "keras.callbacks:LearningRateWarmupCallback.on_*": "called by fit",
+    "torch.checkpointed:Checkpointed.restore": "called by load, with what it has read",
+    "torch.elastic:State*": "its callbacks are the user's own",
+    "torch.parallel:DataParallel.enter": "takes a world",
+    "torch.parallel:DataParallel.state_dict": "the module's own",
+    "torch.process_sets:ProcessSet.place": "called by operations",
+    "torch.reduce_op:ReduceOp": "users take those there are",
+    "torch.sampler:Loader": "made by loader",
+}
+
 
 def of_group(group: str) -> dict[str, Any]:
     """Return the public functions, classes and methods of a group, by "module:qualified.name".
@@ -62,7 +87,9 @@ def of_group(group: str) -> dict[str, Any]:
     The name is that of the definition, so that one that is exported twice is one.
     """
     found: dict[str, Any] = {}
-    for package in PACKAGES[group]:
+    for name in RETURNED.get(group, ()):
+        found |= {key(method): method for method in methods(resolve(name))}
+    for package in (PACKAGES | ADAPTERS)[group]:
         module = importlib.import_module(package)
         for name in exported(module):
             value = getattr(module, name)

@@ -499,8 +499,8 @@ def test_wrong_arguments(world: mpidl.World, rng: np.random.Generator) -> None:
     wrong("not among them", named_parameters=pairs[1:])
     wrong("pairs", named_parameters=list(net.parameters()))
     wrong("expected op=Average", op=hvd.Sum, gradient_predivide_factor=2.0)
-    wrong("1 or more", backward_passes_per_step=0)
-    wrong("0 or more", groups=-1)
+    wrong("backward_passes_per_step=0", backward_passes_per_step=0)
+    wrong("groups=-1", groups=-1)
     wrong("one group at most", groups=[[pairs[0][1]], [pairs[0][1]]])
     wrong("lists of parameters", groups=[pairs[0][1]])
 

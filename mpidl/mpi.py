@@ -20,7 +20,7 @@ HOW_TO_GET_MPI = (
     "if it is not found by itself."
 )
 HOW_TO_LAUNCH = (
-    "Use the launcher that belongs to the library: mpidl run -n {size} SCRIPT finds it; "
+    " the launcher that belongs to the library: mpidl run -n {size} SCRIPT finds it; "
     "mpidl doctor shows what is there."
 )
 #: What to tell other launchers, by the vendor of the MPI, so that their ranks find each other.
@@ -110,7 +110,7 @@ def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
         f"{by} started {size} ranks ({name}={size}), but each believes to be rank 0 of 1: "
         "they do not find each other by the MPI that is loaded "
         f"({short_version(version)}). "
-        + (f"Start them with {flag}{_offer(flag)}. Or: " if flag else "")
+        + (f"Start them with {flag}{_offer(flag)}, or use" if flag else "Use")
         + HOW_TO_LAUNCH.format(size=size)
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from contextlib import suppress
@@ -15,7 +16,7 @@ from mpidl.cli.schedulers import base
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 MOST_HOSTS = 1_000_000  # that a list may stand for
 FLUX = ("flux", "resource", "list", "-s", "up", "-n", "-o", "{nnodes} {ncores} {ngpus} {nodelist}")
@@ -83,7 +84,8 @@ def choose(ranks: int | None, hosts: str) -> Chosen:
     asked = sum(found.hosts.values())
     ranks = asked if ranks is None else ranks
     chosen = _first(ranks, found.hosts) if ranks <= asked else _spread(ranks, found)
-    here = all(map(places.is_here, chosen))
+    # on one of several hosts they are named too: launchers read the allocation in their own way
+    here = len(found.hosts) == 1 and places.is_here(next(iter(found.hosts)))
     return Chosen(ranks, None if here else chosen, _cores(chosen, found), found)
 
 
@@ -110,20 +112,24 @@ def _spread(ranks: int, found: Allocation) -> dict[str, int]:
     """Return as many ranks for each host as its share of the cores is: more than were asked for."""
     room = {name: max(n, found.cores.get(name, 0)) for name, n in found.hosts.items()}
     if ranks > (most := sum(room.values())):
-        listed = ",".join(f"{name}:{n}" for name, n in itertools.islice(room.items(), 4))
         more = {"SLURM": f"sbatch --ntasks={ranks}", "PBS": "qsub -l select=...:mpiprocs=...",
                 "LSF": f"bsub -n {ranks}", "Flux": f"flux batch --nslots={ranks}"}  # fmt: skip
         raise InvalidArgument(
-            f"-n {ranks}: the {found.scheduler} job has places for {most} "
-            f"({listed}{',...' if len(room) > 4 else ''}); ask for more "
-            f"({more[found.scheduler]}), or let ranks share cores: --hosts "
-            f"{next(iter(room))}:{-(-ranks // len(room))}{',...' if len(room) > 1 else ''}"
+            f"-n {ranks}: the {found.scheduler} job has places for {most} ({_told(room)}); ask "
+            f"for more ({more[found.scheduler]}), or let ranks share cores: --hosts "
+            f"{_told(dict.fromkeys(room, -(-ranks // len(room))))}"
         )
     # as the seats of a parliament: each rank to the host with the most cores for one more
     chosen = dict.fromkeys(room, 0)
     for _ in range(ranks):
         chosen[max(room, key=lambda name: room[name] / (chosen[name] + 1))] += 1
     return {name: n for name, n in chosen.items() if n}
+
+
+def _told(hosts: Mapping[str, int]) -> str:
+    """Return hosts as --hosts takes them, the first of many."""
+    words = [f"{name}:{n}" for name, n in itertools.islice(hosts.items(), 4)]
+    return ",".join(words + ["..."] * (len(hosts) > len(words)))
 
 
 # --- SLURM
@@ -152,6 +158,19 @@ def _slurm() -> Allocation:
     )
 
 
+def of_the_job() -> dict[str, str]:
+    """Return what a step has changed, as the launchers in it need it: the job's own.
+
+    In a shell that is a step on one of several nodes, the tasks are that step's, and the nodes the
+    job's: Open MPI 5.0.11 then counts places that are not there.
+    """
+    names = expand(os.environ.get("SLURM_JOB_NODELIST", ""))
+    cores = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")
+    if len(per_node(os.environ.get("SLURM_TASKS_PER_NODE", ""))) == len(names) or not cores:
+        return {}
+    return {"SLURM_TASKS_PER_NODE": cores}
+
+
 def expand(listed: str) -> list[str]:
     """Return the hosts of a list as SLURM and Flux write it: n[01-03,7],gpu5, r[1-2]n[1-4].
 
@@ -162,30 +181,24 @@ def expand(listed: str) -> list[str]:
         if word == ",":
             continue
         parts = re.split(r"\[([^\]]*)\]", word)
-        choices = [list(_numbers(p)) if i % 2 else [p] for i, p in enumerate(parts)]
-        size = len(names) + _product(len(choice) for choice in choices)
+        choices = [_numbers(p) if i % 2 else [p] for i, p in enumerate(parts)]
+        size = len(names) + math.prod(map(len, choices))
         if word in "[]" or size > MOST_HOSTS or size == len(names):
             raise InvalidArgument(f"hosts {listed!r}: expected such as n[01-03,7],gpu5")
         names += map("".join, itertools.product(*choices))
     return names
 
 
-def _product(numbers: Iterator[int]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
-
-
-def _numbers(text: str) -> Iterator[str]:
-    """Give the numbers of 01-03,7 with their zeros; none where it is no such text."""
+def _numbers(text: str) -> list[str]:
+    """Return the numbers of 01-03,7 with their zeros; none where it is no such text."""
+    numbers: list[str] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
-        if found is None:
-            return
-        first, last = found[1], found[2] or found[1]
-        for number in range(int(first), min(int(last), int(first) + MOST_HOSTS) + 1):
-            yield str(number).zfill(len(first))
+        first, last = (int(n or found[1]) for n in found.groups()) if found else (1, 0)
+        if found is None or not 0 <= last - first < MOST_HOSTS:
+            return []
+        numbers += [str(n).zfill(len(found[1])) for n in range(first, last + 1)]
+    return numbers
 
 
 def per_node(text: str) -> list[int]:

@@ -200,7 +200,8 @@ def environment(
         "OMP_NUM_THREADS": str(max(1, available // ranks)),  # or every rank's BLAS takes all cores
         "PYTHONUNBUFFERED": "1",  # or output comes late: the ranks write to a pipe
     }
-    if hosts and "SLURM_JOB_ID" in os.environ:  # a dead node keeps its step, and that the cores
+    # A dead node keeps its step, and that the cores; a shell in a step keeps those of its own.
+    if "SLURM_JOB_ID" in os.environ:
         wanted["SLURM_OVERLAP"] = "1"
     if sys.stderr.isatty():
         wanted["MPIDL_TERMINAL"] = str(shutil.get_terminal_size().columns)

@@ -29,7 +29,7 @@ except mpidl.MpidlError as error:
     told.write_text(f"{type(error).__name__}: {error}")
     raise
 """
-# Ranks, hosts, a host, threads of a rank: how often. More ranks than cores wait for each other long.
+# Ranks, hosts, a host, threads of a rank: how often. (Many ranks on few cores take long.)
 ALL, THREE = {"4 2 t0 1": 2, "4 2 t1 1": 2}, {"3 2 t0 1": 2, "3 2 t1 1": 1}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mpidl import config
 from mpidl.cli import launcher, places
 from mpidl.cli.schedulers import base
 from mpidl.errors import InvalidArgument
@@ -66,7 +67,8 @@ def choose(ranks: int | None, hosts: str) -> Chosen:
 
     On `hosts` (a:4,b:4) where they are named; else on those of the allocation, as many as it was
     asked for by default, host by host; fewer fill the first hosts, and more, up to its cores, are
-    spread evenly; else here, 1 by default. Raises InvalidArgument for more.
+    spread evenly; else here, 1 by default. Raises InvalidArgument for more, and where this is
+    itself one of several ranks, each of which would start all.
     """
     if hosts:
         named = launcher.parse_hosts(hosts)
@@ -78,6 +80,12 @@ def choose(ranks: int | None, hosts: str) -> Chosen:
             found = find()
         chosen = _first(ranks or room, named)
         return Chosen(ranks or room, chosen, _cores(chosen, found), found, named=True)
+    name, copies = config.launched_size() or ("", 1)
+    if copies > 1:
+        raise InvalidArgument(
+            f"{config.launched_by()} has started mpidl run {copies} times ({name}={copies}), and "
+            "each would start all ranks; expected it once, without that, or python in its place"
+        )
     found = find()
     if found is None:
         return Chosen(ranks or 1)

@@ -85,8 +85,8 @@ def run(
         starters.Name | None,
         typer.Option(
             "--launcher",
-            help="What starts the ranks. Default: the MPI's own; in Flux flux; the scheduler's "
-            "where the MPI has none.",
+            help="What starts the ranks. Default: the MPI's own; in Flux flux; in a job the "
+            "scheduler's where the MPI has none.",
             show_default=False,
         ),
     ] = None,

@@ -8,8 +8,8 @@ plug-in for PMIx ends the step with the first rank that dies. The hosts are name
 not know the scheduler: Open MPI's wheel knows SLURM and PBS, but not LSF.
 
 The scheduler's is the default where the MPI's own cannot be: in Flux, which no MPI's launcher
-knows and whose nodes take no ssh; where LSF has jsrun, for Open MPI's kin; and where the library
-has no launcher of its own, as on a Cray. How each is told
+knows and whose nodes take no ssh; where LSF has jsrun, for Open MPI's kin; and in a job of SLURM
+or PBS where the library has no launcher of its own, as on a Cray. How each is told
 stands in mpidl/cli/dialects.py.
 """
 
@@ -103,16 +103,11 @@ class Starter:
 
 
 def find() -> Library:
-    """Return the MPI library; without a launcher of its own where a scheduler has one.
-
-    Raises MPINotFound.
-    """
+    """Return the MPI library, also without a launcher of its own. Raises MPINotFound."""
     try:
         return launcher.find()
     except launcher.LauncherNotFound as error:
-        if any(shutil.which(name) for name in ("srun", "jsrun", "flux", "aprun")) or _pals():
-            return error.library
-        raise
+        return error.library
 
 
 def choose(
@@ -120,7 +115,8 @@ def choose(
 ) -> Starter:
     """Return the launcher to take: the one `asked` for, or else the default of this file.
 
-    `for_own` is an option that only the MPI's own launcher can fulfil. Raises InvalidArgument.
+    `for_own` is an option that only the MPI's own launcher can fulfil. Raises InvalidArgument, and
+    MPINotFound where there is no launcher.
     """
     name = asked or _default(library, chosen, for_own)
     if name in ("mpirun", "mpiexec"):
@@ -149,19 +145,22 @@ def choose(
 
 
 def _default(library: Library, chosen: Chosen, for_own: str | None) -> str:
-    own = "mpiexec" if library.launcher is None else _kind(library.launcher)
-    if for_own is not None:
-        return own
-    if os.environ.get("FLUX_URI") and shutil.which("flux"):
-        return "flux"
     scheduler = chosen.allocation.scheduler if chosen.allocation else ""
-    if scheduler == "LSF" and not chosen.named and library.vendor == "openmpi":
-        own = "jsrun" if shutil.which("jsrun") else own
-    if own == "jsrun" or library.launcher is not None or _pals():
-        return own
-    order = {"SLURM": ("srun",), "LSF": ("jsrun",), "PBS": ("aprun",)}
-    names = (*order.get(scheduler, ()), "srun", "aprun", "jsrun", "flux")
-    return next((name for name in names if shutil.which(name)), own)
+    if for_own is None and os.environ.get("FLUX_URI") and shutil.which("flux"):
+        return "flux"
+    by_jsrun = scheduler == "LSF" and not chosen.named and library.vendor == "openmpi"
+    if for_own is None and by_jsrun and shutil.which("jsrun"):
+        return "jsrun"
+    if library.launcher is not None:
+        return _kind(library.launcher)
+    if _pals():
+        return "mpiexec"
+    # outside of a job srun would queue for one, which nobody has asked for
+    for name in {"SLURM": ("srun", "aprun"), "PBS": ("aprun",)}.get(scheduler, ()):
+        if shutil.which(name):
+            return name
+    launcher.check(library)
+    raise AssertionError("it has no launcher")
 
 
 def _kind(path: str) -> str:

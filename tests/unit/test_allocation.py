@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-OF_JOBS = ("SLURM_", "PBS_", "LSB_", "FLUX_", "NCPUS")
+OF_JOBS = ("SLURM_", "PBS_", "LSB_", "FLUX_", "NCPUS", "OMPI_COMM_", "PMI", "JSM_", "PALS_")
 SLURM = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2),1"}
 
 
@@ -102,6 +102,20 @@ def test_hosts_by_name() -> None:
     assert choose(4, "a:4,b:2")[:2] == (4, {"a": 4})
     with pytest.raises(InvalidArgument, match=r"-n 7: --hosts a:4,b:2 has places for 6"):
         choose(7, "a:4,b:2")
+
+
+def test_it_is_not_started_by_a_launcher_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun -n 4 mpidl run train.py`: four trainings of four ranks would write the same files."""
+    inside(monkeypatch, **SLURM, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1")
+    assert choose(None, "").ranks == 5
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    told = (
+        r"srun has started mpidl run 4 times \(SLURM_STEP_NUM_TASKS=4\), and each would start all"
+    )
+    for ranks in (None, 1):
+        with pytest.raises(InvalidArgument, match=told):
+            choose(ranks, "")
+    assert choose(None, "n1:2").ranks == 2  # who names the hosts knows where they stand
 
 
 def test_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         ("openmpi", SLURM, "mpirun srun", "mpirun"),
         ("mpich", SLURM, "mpiexec srun", "mpiexec"),
         ("mpich", SLURM, "srun aprun", "srun"),
-        ("mpich", {}, "aprun", "aprun"),
+        ("mpich", SLURM, "aprun", "aprun"),
         ("openmpi", LSF, "mpirun", "mpirun"),
         ("openmpi", LSF, "mpirun jsrun", "jsrun"),
         ("mpich", LSF, "mpiexec jsrun", "mpiexec"),
@@ -130,11 +130,11 @@ def test_flux_is_the_default_in_it(there, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "expected as many on each" in line("--hosts", "f1:2,f2:1", status=2)
 
 
-def test_nothing_that_starts_ranks(there) -> None:
-    there("mpich")
-    result = CliRunner().invoke(app, ["run", "sh"])
-    assert result.exit_code == 2
-    assert "but none of its launchers (mpiexec, mpiexec.hydra, " in result.stderr
+@pytest.mark.parametrize("names", ["", "srun aprun"])
+def test_nothing_that_starts_ranks(names: str, there) -> None:
+    """Outside of a job srun would queue for one."""
+    there("mpich", *names.split())
+    assert "but none of its launchers (mpiexec, mpiexec.hydra, " in line(status=2)
 
 
 @pytest.mark.parametrize(
@@ -206,14 +206,15 @@ def test_threads_are_the_share_of_a_hosts_cores(there, monkeypatch: pytest.Monke
 
 def test_srun_without_a_job(there, monkeypatch: pytest.MonkeyPatch) -> None:
     there("mpich", "srun")
-    shown = line("--launcher", "srun", "-n", "3")
-    assert shown.startswith("OMP_NUM_THREADS=1 ")
-    assert "srun --ntasks=3 --cpus-per-task=1 --mpi=pmi2" in shown
+    shown = line("--launcher", "srun", "-n", "2")
+    assert shown.startswith("OMP_NUM_THREADS=1 ")  # SLURM gives each a core, wherever that is
+    assert "srun --ntasks=2 --cpus-per-task=1 --mpi=pmi2" in shown
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert "srun --ntasks=3 --cpus-per-task=2 --mpi=pmi2" in line("-n", "3")
+    srun = ("--launcher", "srun")
+    assert "srun --ntasks=3 --cpus-per-task=2 --mpi=pmi2" in line(*srun, "-n", "3")
     told = "--hosts a:2,b:1: with srun, MPICH Version: 5.0.2 needs as many ranks on each"
-    assert told in line("--hosts", "a:2,b:1", status=2)
-    assert "--nodes=2 --ntasks-per-node=2 --nodelist=a,b " in line("--hosts", "a:2,b:2")
+    assert told in line(*srun, "--hosts", "a:2,b:1", status=2)
+    assert "--nodes=2 --ntasks-per-node=2 --nodelist=a,b " in line(*srun, "--hosts", "a:2,b:2")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_intel_mpi_is_told_where_slurms_library_is(
 ) -> None:
     there("intel", "srun")
     monkeypatch.setattr(starters, "INTEL_PMI", (str(tmp_path / "no"), str(tmp_path / "bin/srun")))
-    starter = starters.choose(launcher.query(), Chosen(2))
+    starter = starters.choose(launcher.query(), Chosen(2), "srun")
     assert starter.environment(Chosen(2))["I_MPI_PMI_LIBRARY"] == str(tmp_path / "bin/srun")
     monkeypatch.setenv("I_MPI_PMI_LIBRARY", "/mine.so")
     assert "I_MPI_PMI_LIBRARY" not in starter.environment(Chosen(2))

@@ -69,7 +69,7 @@ def run(
         bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
     ] = False,
     launcher_args: Annotated[
-        str, typer.Option(help="More options for mpirun, in one string: '--timeout 600'.")
+        str, typer.Option(help="More options for the launcher, in one string: '--timeout 600'.")
     ] = "",
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Go on when a rank is killed: Trainer(elastic=True).")

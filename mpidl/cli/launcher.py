@@ -43,6 +43,14 @@ class Library:
     launcher: str | None
 
 
+class LauncherNotFound(MPINotFound):
+    """The library has no launcher of its own here; a scheduler may have one."""
+
+    def __init__(self, message: str, library: Library) -> None:
+        super().__init__(message)
+        self.library = library
+
+
 def query() -> Library:
     """Return the library that mpi4py loads in this environment. Raises MPINotFound."""
     asked = [_ask(question) for question in ("--mpi-lib-version", "--mpi-library")]
@@ -78,11 +86,12 @@ def find() -> Library:
 
 
 def check(library: Library) -> None:
-    """Raise MPINotFound where the library has no launcher."""
+    """Raise LauncherNotFound, a MPINotFound, where the library has no launcher."""
     if library.launcher is None:
-        raise MPINotFound(
+        raise LauncherNotFound(
             f"found {library.version} in {library.path}, but none of its launchers "
-            f"({', '.join(NAMES[library.vendor])}) beside it or on PATH. {mpi.HOW_TO_GET_MPI}"
+            f"({', '.join(NAMES[library.vendor])}) beside it or on PATH. {mpi.HOW_TO_GET_MPI}",
+            library,
         )
 
 
@@ -175,18 +184,24 @@ def replacing(least: int | None, *, replace: bool) -> dict[str, str]:
 
 
 def environment(
-    library: Library, ranks: int, hosts: Mapping[str, int] | None = None
+    library: Library,
+    ranks: int,
+    hosts: Mapping[str, int] | None = None,
+    available: int | None = None,
 ) -> dict[str, str]:
     """Return what to add to the environment of `ranks` ranks on this machine, or on `hosts`.
 
-    Nothing that the user has set is changed. All hosts are taken to have as many cores as this one.
+    Nothing that the user has set is changed. `available` are the cores of a host; by default all
+    are taken to have as many as this one.
     """
-    available, ranks = cores(), max(hosts.values()) if hosts else ranks
+    available = cores() if available is None else available
+    ranks = max(hosts.values()) if hosts else ranks
     wanted = {
         "OMP_NUM_THREADS": str(max(1, available // ranks)),  # or every rank's BLAS takes all cores
         "PYTHONUNBUFFERED": "1",  # or output comes late: the ranks write to a pipe
     }
-    if hosts and "SLURM_JOB_ID" in os.environ:  # a dead node keeps its step, and that the cores
+    # A dead node keeps its step, and that the cores; a shell in a step keeps those of its own.
+    if "SLURM_JOB_ID" in os.environ:
         wanted["SLURM_OVERLAP"] = "1"
     if sys.stderr.isatty():
         wanted["MPIDL_TERMINAL"] = str(shutil.get_terminal_size().columns)
@@ -229,11 +244,20 @@ def program(command: list[str], *, module: bool) -> list[str]:
     return [path, *arguments]
 
 
-def _launcher(vendor: str, path: str | None) -> str | None:
-    """Look beside the library (PREFIX/lib/..., PREFIX/bin), then on PATH."""
+def named(library: Library, name: str) -> str | None:
+    """Return the library's own launcher that is called so: mpirun or mpiexec."""
+    return _launcher(library.vendor, library.path, name)
+
+
+def _launcher(vendor: str, path: str | None, kind: str = "") -> str | None:
+    """Look beside the library (PREFIX/lib/..., PREFIX/bin), then on PATH.
+
+    For all of its launchers, or those that are called `kind`, such as mpiexec and mpiexec.hydra.
+    """
+    names = [name for name in NAMES[vendor] if kind in ("", name.split(".")[0])]
     folders = [parent / "bin" for parent in Path(path).resolve().parents[1:5]] if path else []
     for folder in [*map(str, folders), *os.environ.get("PATH", "").split(os.pathsep)]:
-        for name in NAMES[vendor]:
+        for name in names:
             found = shutil.which(name, path=folder)
             if found and SIGNS[vendor] in _version(found):
                 return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from mpidl.cli import launcher
-from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,48 +21,6 @@ if TYPE_CHECKING:
 MEMORY = Path("/dev/shm")  # where elastic runs keep snapshots, in folders mpidl-RUN-...
 ASK_SECONDS = 5.0  # for SLURM's commands
 SWEEPS = 20
-
-
-def choose(ranks: int | None, hosts: str, *, from_slurm: bool) -> tuple[int, dict[str, int] | None]:
-    """Return the number of ranks, and those of each host; None where all are to run here.
-
-    `ranks` are 1 by default, or those of the hosts, and `hosts` (a:4,b:4), if `from_slurm`, those
-    of the SLURM job. Raises InvalidArgument.
-    """
-    found = launcher.parse_hosts(hosts) if hosts else of_slurm() if from_slurm else None
-    if found is None:
-        return ranks or 1, None
-    room = sum(found.values())
-    if ranks is None:
-        return room, found
-    if ranks > room:
-        told = f"--hosts {hosts}" if hosts else "the SLURM job"
-        raise InvalidArgument(f"-n {ranks}: {told} has places for {room}")
-    chosen, left = {}, ranks
-    for name, count in found.items():
-        if left:
-            chosen[name] = min(count, left)
-            left -= chosen[name]
-    return ranks, chosen
-
-
-def of_slurm() -> dict[str, int] | None:
-    """Return the hosts of the SLURM job in which this runs, with their ranks; None outside of one.
-
-    Raises InvalidArgument where SLURM does not tell them.
-    """
-    listed = os.environ.get("SLURM_JOB_NODELIST", "")
-    if not listed:
-        return None
-    names = _ask("scontrol", "show", "hostnames", listed)
-    counts = os.environ.get("SLURM_TASKS_PER_NODE") or os.environ.get("SLURM_JOB_CPUS_PER_NODE")
-    numbers = _per_node(counts or "")
-    if not names or len(numbers) != len(names):
-        raise InvalidArgument(
-            f"SLURM_JOB_NODELIST={listed}, SLURM_TASKS_PER_NODE={counts}: expected hosts and their "
-            "ranks; name them with --hosts a:4,b:4"
-        )
-    return dict(zip(names, numbers, strict=True))
 
 
 def down_in_slurm(names: Iterable[str]) -> set[str]:
@@ -84,17 +40,6 @@ def _ask(*line: str) -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
-
-
-def _per_node(text: str) -> list[int]:
-    """Return the numbers that SLURM writes as 2(x3),1."""
-    numbers: list[int] = []
-    for word in text.split(","):
-        found = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", word)
-        if found is None:
-            return []
-        numbers += [int(found[1])] * int(found[2] or 1)
-    return numbers
 
 
 def is_here(name: str) -> bool:

@@ -61,6 +61,7 @@ class Job:
     replace: bool = False
     launcher_args: Sequence[str] = ()
     settings: Mapping[str, str] = field(default_factory=dict)  #: more of the environment
+    cores: int | None = None  #: of a host, where it is known
 
     def line(self, hosts: dict[str, int] | None, environment: dict[str, str]) -> list[str]:
         """Return the command line. Raises InvalidArgument."""
@@ -146,7 +147,7 @@ class _Supervisor:
         ranks = job.ranks if hosts is None else sum(hosts.values())
         environment = {
             **os.environ,
-            **launcher.environment(job.library, ranks, hosts),
+            **launcher.environment(job.library, ranks, hosts, job.cores),
             **job.settings,
             "MPIDL_RUN": self.run_id,
             "MPIDL_ATTEMPT": str(attempt),

@@ -25,12 +25,24 @@ on() { "$HERE/hosts.sh" run "$@" < /dev/null; }
 # The daemons detach themselves.
 node() { on "$1" slurmd -N "$1"; }
 
+# The plug-in for PMIx opens libpmix.so, which Debian has in libpmix-dev alone. Here the nodes, and
+# the host where srun starts, see libpmix2 by that name too.
+name_pmix() {
+    local lib i
+    lib=$(dirname "$(readlink -f /usr/lib/*/pmix2/lib/libpmix.so.2)")
+    [[ -e $lib/libpmix.so.2 && ! -e $lib/libpmix.so ]] || return
+    cp -a "$lib" "$FOLDER/pmix"
+    ln -s libpmix.so.2 "$FOLDER/pmix/libpmix.so"
+    for ((i = 0; i <= $1; i++)); do on "t$i" mount --bind "$FOLDER/pmix" "$lib"; done
+}
+
 # After a requeue a job waits until credentials of the first run have expired: 5 s, not 2 minutes.
 up() {
     local n=$1 i
     mkdir -m 755 "$FOLDER" "$FOLDER/state" || exit
     HEAD=t$n
     echo "$HEAD" > "$FOLDER/head"
+    name_pmix "$n"
     cat > "$SLURM_CONF" << END
 ClusterName=test
 SlurmctldHost=$HEAD

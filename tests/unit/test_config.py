@@ -17,7 +17,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*SIZES, "SLURM_NTASKS", "MPIDL_CUDA_AWARE", "MPIDL_TERMINAL"):
         monkeypatch.delenv(name, raising=False)
     for name in list(os.environ):
-        if name.startswith(("PMIX_", "PMI_", "OMPI_COMM_")):
+        if name.startswith(("PMI", "OMPI_COMM_", "SLURM_", "FLUX_", "JSM_", "PALS_", "ALPS_")):
             monkeypatch.delenv(name)
 
 
@@ -55,6 +55,22 @@ def test_an_unknown_setting_lists_the_known_ones(
         ({"SLURM_NTASKS": "8"}, None),  # of the job: set in a batch script, where one process runs
         ({"OMPI_COMM_WORLD_SIZE": "many", "PMI_SIZE": "2"}, ("PMI_SIZE", 2)),
         ({"PMI_SIZE": ""}, None),
+        # a batch script, a shell that salloc keeps, and another step
+        ({"SLURM_STEP_ID": "4294967291", "SLURM_STEP_NUM_TASKS": "2"}, None),
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "2"}, None),
+        (
+            {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "2"},
+            ("SLURM_STEP_NUM_TASKS", 2),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4"}, None),
+        ({"JSM_NAMESPACE_SIZE": "4", "LSB_JOBID": "7"}, ("JSM_NAMESPACE_SIZE", 4)),
+        ({"FLUX_JOB_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, ("FLUX_JOB_SIZE", 4)),
+        ({"PALS_LOCAL_SIZE": "2", "PALS_RANKID": "0"}, ("PALS_LOCAL_SIZE", 2)),
+        ({"ALPS_APP_PE": "3"}, ("ALPS_APP_PE", 4)),
+        ({"ALPS_APP_PE": "0"}, None),
+        ({"PMIX_RANK": "1"}, ("PMIX_RANK", 2)),
+        ({"PMIX_RANK": "1", "SLURM_STEP_NUM_TASKS": "4"}, ("SLURM_STEP_NUM_TASKS", 4)),
+        ({"FLUX_URI": "local:///run/flux/local", "PBS_JOBID": "1", "LSB_JOBID": "7"}, None),
     ],
 )
 def test_the_size_a_launcher_tells(
@@ -65,6 +81,28 @@ def test_the_size_a_launcher_tells(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert config.launched_size() == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"SLURM_PROCID": "2"}, 2),
+        ({"SLURM_PROCID": "2", "PMIX_RANK": "3"}, 3),
+        ({"SLURM_PROCID": "0", "OMPI_COMM_WORLD_RANK": "3"}, 3),
+        ({"FLUX_TASK_RANK": "4"}, 4),
+        ({"JSM_NAMESPACE_RANK": "5"}, 5),
+        ({"PALS_RANKID": "6"}, 6),
+        ({"ALPS_APP_PE": "7"}, 7),
+        ({"PMI_RANK": "x", "SLURM_PROCID": "1"}, 1),
+    ],
+)
+def test_the_rank_a_launcher_tells(
+    environment: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert config.launched_rank() == rank
 
 
 @pytest.mark.parametrize(("value", "width"), [("132", 132), ("", None), ("wide", None)])

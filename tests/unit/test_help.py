@@ -36,9 +36,14 @@ def test_every_command_has_an_example(words: tuple[str, ...]) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-def test_the_shell_completes() -> None:
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("mpidl su", "submit"), ("mpidl run --launcher mpi", "mpirun mpiexec")],
+)
+def test_the_shell_completes(typed: str, completed: str) -> None:
     """As the function that `mpidl --install-completion` gives to bash asks for it."""
-    asks = {"_MPIDL_COMPLETE": "complete_bash", "COMP_WORDS": "mpidl su", "COMP_CWORD": "1"}
+    asks = {"_MPIDL_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+    asks["COMP_CWORD"] = str(typed.count(" "))
     code = "import sys; sys.argv[0] = 'mpidl'; import mpidl.cli; mpidl.cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -47,4 +52,4 @@ def test_the_shell_completes() -> None:
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["submit"], done
+    assert done.stdout.split() == completed.split(), done

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VENDORS = list(launcher.NAMES)
 CORES = 4
+SCHEDULERS = ("SLURM_", "PBS_", "LSB_", "FLUX_", "NCPUS")
 
 
 def library(vendor: str, start: str | None = "/opt/bin/mpiexec") -> launcher.Library:
@@ -28,7 +29,7 @@ def library(vendor: str, start: str | None = "/opt/bin/mpiexec") -> launcher.Lib
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cores, nobody's settings, not root, and no terminal."""
     for name in set(os.environ):
-        if name.startswith(("OMPI_", "OMP_", "MPIDL_", "PYTHONUNBUFFERED")):
+        if name.startswith(("OMPI_", "OMP_", "MPIDL_", "PYTHONUNBUFFERED", *SCHEDULERS)):
             monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(CORES)))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

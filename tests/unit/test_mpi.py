@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,8 +51,11 @@ class MPI:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "MPIDL_CUDA_AWARE"):
-        monkeypatch.delenv(name, raising=False)
+    of_launchers = ("OMPI_COMM_", "PMI", "SLURM_", "FLUX_", "JSM_", "PALS_", "ALPS_", "MPI_LOCAL")
+    for name in list(os.environ):
+        if name.startswith((*of_launchers, "MPIDL_CUDA_AWARE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", "/nonexistent")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_ranks_that_see_each_other_pass(
 ) -> None:
     if launched:
         monkeypatch.setenv("PMI_SIZE", launched)
-    stand_in = MPI(seen)
+    stand_in = MPI(seen, "MPICH Version:      4.3.2")
     mpi.start(stand_in)
     mpi.start(stand_in)
     assert stand_in.started == 1
@@ -92,6 +97,112 @@ def test_mpich_is_not_started_by_open_mpi(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(LauncherMismatch, match=r"OMPI_COMM_WORLD_SIZE=4.*MPICH Version: 4\.3\.2"):
         mpi.start(stand_in)
     assert stand_in.started == 0
+
+
+OPEN_MPI, MPICH = (
+    "Open MPI  v5.0.11, package: x",
+    "MPICH Version:      5.0.2\nMPICH Release date: x",
+)
+WITHOUT_PMIX = f"{MPICH}\nMPICH configure:    --with-pm=hydra"
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+PMI2 = {"PMI_FD": "5", "PMI_SIZE": "4", "PMI_RANK": "3"}
+PMIX = {"PMIX_RANK": "3", "PMIX_NAMESPACE": "slurm.pmix.1.0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "version", "by", "flag"),
+    [
+        (SRUN, OPEN_MPI, "srun", "srun --mpi=pmix, or use the launcher"),
+        (SRUN | PMI2, OPEN_MPI, "srun", "srun --mpi=pmix, or"),
+        (SRUN, MPICH, "srun", "srun --mpi=pmi2, or"),
+        (SRUN, "Intel(R) MPI Library 2021.13", "srun", "I_MPI_PMI_LIBRARY=.* srun --mpi=pmi2, or"),
+        (SRUN, "Microsoft MPI 10.1", "srun", "srun --mpi=pmix .Open MPI. or --mpi=pmi2"),
+        (SRUN | PMIX, WITHOUT_PMIX, "srun", "srun --mpi=pmi2, or"),
+        ({"FLUX_JOB_SIZE": "4", **PMI2}, OPEN_MPI, "flux run", "flux run -o pmi=pmix, or"),
+        ({"FLUX_JOB_SIZE": "4"}, MPICH, "flux run", "flux run -o pmi=simple, or"),
+        (
+            {"JSM_NAMESPACE_SIZE": "4", "JSM_NAMESPACE_RANK": "0"},
+            MPICH,
+            "jsrun",
+            "Use the launcher",
+        ),
+        ({"PALS_RANKID": "3"}, OPEN_MPI, "PALS", "mpiexec --pmi=pmix, or"),
+        ({"ALPS_APP_PE": "3"}, MPICH, "aprun", "Use the launcher"),
+        (
+            {"PMI_SIZE": "4", "MPI_LOCALNRANKS": "2", **SRUN},
+            OPEN_MPI,
+            "mpiexec",
+            "Use the launcher",
+        ),
+    ],
+)
+def test_ranks_without_each_other_are_told_the_flag(
+    environment: dict[str, str],
+    version: str,
+    by: str,
+    flag: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LauncherMismatch, match=f"^{by} started 4 ranks .*{flag}") as caught:
+        mpi.start(MPI(1, version))
+    library = mpi.short_version(version)
+    assert f"({library}). " in str(caught.value)
+
+
+def test_nothing_is_started_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPICH would end the process, and Open MPI 5 leave its memory behind."""
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    for version, offered in ((OPEN_MPI, {}), (OPEN_MPI, PMI2), (WITHOUT_PMIX, PMIX)):
+        stand_in = MPI(4, version)
+        with monkeypatch.context() as context:
+            for name, value in offered.items():
+                context.setenv(name, value)
+            with pytest.raises(LauncherMismatch):
+                mpi.start(stand_in)
+        assert stand_in.started == 0
+    for version, offered in ((OPEN_MPI, PMIX), (MPICH, PMIX), (WITHOUT_PMIX, PMIX | PMI2)):
+        stand_in = MPI(4, version)
+        with monkeypatch.context() as context:
+            for name, value in offered.items():
+                context.setenv(name, value)
+            mpi.start(stand_in)
+        assert stand_in.started == 1
+
+
+LISTED = """MPI plugin types are...
+\tpmix
+\tnone
+\tpmi2
+specific pmix plugin versions available: pmix_v4
+"""
+OLD = "srun: MPI types are...\nsrun: none\nsrun: pmi2\nsrun: openmpi\n"
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [(LISTED, ["pmi2", "pmix", "pmix_v4"]), (OLD, ["openmpi", "pmi2"]), ("", [])],
+)
+def test_rank_0_tells_what_srun_has(
+    listed: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").write_text(
+        f"#!/bin/sh\n[ $1 = --mpi=list ] && echo asked >> {tmp_path}/log\nprintf '{listed}' >&2\n"
+    )
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    offer = f" (this SLURM has {', '.join(found)})" if found else ""
+    for rank in "012":
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        with pytest.raises(LauncherMismatch) as caught:
+            mpi.start(MPI(1, MPICH))
+        told = f"srun --mpi=pmi2{offer if rank == '0' else ''}, or use"
+        assert told in str(caught.value)
+    assert (tmp_path / "log").read_text() == "asked\n"
 
 
 @pytest.mark.parametrize("value", ["yes", "no"])

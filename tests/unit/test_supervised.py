@@ -403,22 +403,10 @@ def test_attempts_in_vain(attempts: list[tuple[int, float]], told: str) -> None:
 # --- hosts
 
 
-def test_ranks_and_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
-    assert places.choose(None, "", from_slurm=True) == (1, None)
-    assert places.choose(3, "", from_slurm=False) == (3, None)
-    assert places.choose(None, "a:4,b:2", from_slurm=True) == (6, {"a": 4, "b": 2})
-    assert places.choose(5, "a:4,b:2", from_slurm=True) == (5, {"a": 4, "b": 1})
-    assert places.choose(4, "a:4,b:2", from_slurm=True) == (4, {"a": 4})
-    with pytest.raises(InvalidArgument, match=r"-n 7: --hosts a:4,b:2 has places for 6"):
-        places.choose(7, "a:4,b:2", from_slurm=True)
-
-
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let SLURM's commands be stand-ins, in a job on n1, n2 and n3."""
     texts = {
-        "scontrol": '[ "$*" = "show hostnames n[1-3]" ] && printf "n1\\nn2\\nn3\\n"',
         "sinfo": 'printf "n1 alloc\\nn2 down*\\nn3 mix*\\n"',
     }
     for name, text in texts.items():
@@ -426,17 +414,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
-    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2),1")
 
 
 @pytest.mark.usefixtures("slurm")
-def test_hosts_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert places.choose(None, "", from_slurm=True) == (5, {"n1": 2, "n2": 2, "n3": 1})
-    assert places.choose(None, "", from_slurm=False) == (1, None)
+def test_hosts_that_slurm_knows_to_be_down() -> None:
     assert places.down_in_slurm(["n1", "n2", "n3"]) == {"n2", "n3"}
-    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2")
-    with pytest.raises(InvalidArgument, match="--hosts a:4,b:4"):
-        places.choose(None, "", from_slurm=True)
 
 
 def test_which_host_it_is() -> None:

@@ -29,6 +29,7 @@ STOP_SECONDS = 1.0  # for all workers together to end by themselves
 #: Variables by which launchers tell a rank that it is one.
 OF_RANKS = (
     *("OMPI_COMM_", "OMPI_UNIVERSE_", "PMIX_", "PMI_", "PMI2_", "PRTE_", "HYDRA_", "PALS_"),
+    *("ALPS_APP_", "FLUX_JOB_SIZE", "FLUX_TASK_", "JSM_", "MV2_COMM_"),
     *("SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_PMI"),
 )
 SETTINGS = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from mpidl import __version__
+from mpidl import __version__, config
 from mpidl.cli import attend, bench, launcher, places
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
@@ -85,6 +85,9 @@ def run(
         int | None,
         typer.Option(min=1, help="With --elastic, --restarts: give up where fewer are left."),
     ] = None,
+    bind: Annotated[
+        str, typer.Option(metavar="cores|none", help="Give each rank cores of its own.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
@@ -107,6 +110,8 @@ def run(
     program = _or_exit(partial(launcher.program, command, module=module))
     count, where = _or_exit(partial(places.choose, ranks, hosts, from_slurm=restarts is not None))
     settings = launcher.replacing(min_ranks, replace=replace)
+    if bind:
+        settings["MPIDL_BIND"] = _or_exit(partial(config.bind, bind))
     environment = {**launcher.environment(library, count, where), **settings}
     names = [*os.environ, *environment]
     options = _or_exit(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpidl import mpi
+from mpidl.cores import available
 from mpidl.errors import InvalidArgument, MPINotFound
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ NAMES = {  # by vendor; the first that exists and belongs to the vendor is taken
     "intel": ("mpiexec.hydra", "mpiexec", "mpirun"),
     "unknown": ("mpiexec", "mpirun"),
 }
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux cgroup v2: "QUOTA PERIOD" or "max PERIOD"
 HOSTS = {"openmpi": "--host", "mpich": "-hosts", "intel": "-hosts"}  # by vendor: a:2,b:2
 # What ranks on other hosts need of the environment. Open MPI hands on its own settings only, the
 # others all.
@@ -88,12 +88,7 @@ def check(library: Library) -> None:
 
 def cores() -> int:
     """Return how many cores this process may use: its affinity, and its container's quota."""
-    available = len(os.sched_getaffinity(0))
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
+    return available()
 
 
 def parse_hosts(text: str) -> dict[str, int]:
@@ -181,9 +176,9 @@ def environment(
 
     Nothing that the user has set is changed. All hosts are taken to have as many cores as this one.
     """
-    available, ranks = cores(), max(hosts.values()) if hosts else ranks
+    at_hand, ranks = cores(), max(hosts.values()) if hosts else ranks
     wanted = {
-        "OMP_NUM_THREADS": str(max(1, available // ranks)),  # or every rank's BLAS takes all cores
+        "OMP_NUM_THREADS": str(max(1, at_hand // ranks)),  # or every rank's BLAS takes all cores
         "PYTHONUNBUFFERED": "1",  # or output comes late: the ranks write to a pipe
     }
     if hosts and "SLURM_JOB_ID" in os.environ:  # a dead node keeps its step, and that the cores
@@ -194,7 +189,7 @@ def environment(
         wanted["OMPI_MCA_osc"] = "^ucx"  # the wheel's UCX component complains of shared windows
         if not hosts:  # this one is for networks, and sleeps for a second at the start
             wanted["OMPI_MCA_btl"] = "^ofi"
-        if ranks >= available:  # no core is left for anybody else: do not spin on one
+        if ranks >= at_hand:  # no core is left for anybody else: do not spin on one
             wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
         if os.geteuid() == 0:  # as in a container
             wanted["OMPI_ALLOW_RUN_AS_ROOT"] = wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"

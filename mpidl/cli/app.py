@@ -151,15 +151,26 @@ def run(
 
 @app.command()
 def doctor(
+    hosts: Annotated[
+        str, typer.Option(metavar="a,b", help="Also these hosts, and the network between them.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which MPI, launcher, cores and GPUs there are, and what is missing.
 
     Example: mpidl doctor --json
+
+    mpidl doctor --hosts a,b,c
     """
+    names = list(_or_exit(partial(launcher.parse_hosts, hosts))) if hosts else []
     report = checking.examine()
-    checking.show(report, as_json=as_json)
-    raise typer.Exit(0 if report.healthy else 1)
+    found = None
+    if names:
+        from mpidl.cli import doctor_hosts
+
+        found = doctor_hosts.examine(names)
+    checking.show(report, as_json=as_json, found=found)
+    raise typer.Exit(0 if report.healthy and not (found and found.told("problem")) else 1)
 
 
 @app.command()

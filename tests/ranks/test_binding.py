@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import pytest
 
-import mpidl
 from mpidl.binding import BindingWarning, check_gpus
 from tests.ranks.conftest import as_nodes
+
+if TYPE_CHECKING:
+    import mpidl
 
 
 def told(world: mpidl.World, gpu: str | None) -> list[str]:

@@ -173,8 +173,8 @@ def check_gpus(world: World, gpu: str | None) -> None:
     """
     with world.mark.enter("comparing GPUs"):
         found = world.local.allgather(gpu)
-    if world.local_rank or config.oversubscribe():
-        return
+    if world.local_rank or len(found) != world.local_size or config.oversubscribe():
+        return  # a rank in another's place is alone until it joins
     text = shared_gpus(found, world.members[world.node], world.MPI.Get_processor_name())
     if text:
         warnings.warn(text, BindingWarning, stacklevel=4)

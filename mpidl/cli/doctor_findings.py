@@ -115,7 +115,7 @@ def _packages(facts: Facts) -> Iterator[Finding]:
     if not bad:
         one = next(iter(facts.values()))["packages"]
         text = ", ".join(f"{name} {one[name]}" for name in names)
-        bad.append(Finding(OK, f"packages: {text} everywhere" if text else "packages: none"))
+        bad.append(Finding(OK, f"packages alike: {text or 'none'}"))
     yield from bad
 
 

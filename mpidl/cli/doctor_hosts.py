@@ -126,6 +126,9 @@ def why(name: str, errors: str, *, reached: bool) -> tuple[str, str]:
         return f"no mpidl in {python}", f"on {name}: {python} -m pip install mpidl"
     if reached and re.search(r"not found|No such file|cannot execute|Permission denied", errors):
         return f"no Python at {python}", f"the same environment on {name}: a shared file system"
+    missing = re.search(r"(prted|orted|hydra_\w+)\b.*(?:No such file|not found)", errors)
+    if missing:
+        return f"no {missing[1]} there", f"the same MPI on {name}: a shared file system"
     lines = EPILOGUE.split(errors, maxsplit=1)[0].strip().splitlines()
     every = [line.strip() for line in errors.splitlines() if line.strip(" -")]
     said = next((line for line in every if WHY.search(line)), (lines or every or [""])[-1])

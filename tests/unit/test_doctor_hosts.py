@@ -56,7 +56,7 @@ def test_hosts_that_are_alike() -> None:
         "ok      mpidl: 0.1.0 everywhere",
         "ok      MPI: Open MPI v5.0.11 everywhere",
         "ok      cores: 64 everywhere",
-        "ok      packages: numpy 2.4.6, mpi4py 4.1.2 everywhere",
+        "ok      packages alike: numpy 2.4.6, mpi4py 4.1.2",
         "ok      /dev/shm: 60 GiB free, or more",
         "ok      open files: 65536 at most",
         "ok      locked memory: no limit (counts for RDMA only)",
@@ -286,6 +286,8 @@ def test_gpus_by_a_stand_in() -> None:
         ("b: Permission denied (publickey,password).\n", False,
          "not reached: b: Permission denied (publickey,password)."),
         ("", False, "not reached: "),
+        ("bash: line 1: /opt/bin/prted: No such file or directory\n-----\n", False,
+         "no prted there"),
         ("/opt/python: Error while finding module specification for 'mpidl.cli.doctor_host' "
          "(ModuleNotFoundError: No module named 'mpidl')\n", True, "no mpidl in "),
         ("/bin/sh: 1: exec: /opt/python: not found\n", True, "no Python at "),

@@ -55,7 +55,10 @@ def namespace(x: object, y: object = None) -> Any:
 
 
 def bind_device(local_rank: int) -> None:
-    """Let "cuda" mean another GPU for each rank of a node. Called by `mpidl.init`."""
+    """Let "cuda" mean another GPU for each rank of a node. Called by `mpidl.init`.
+
+    `local_rank` is its number among those that see the same GPUs.
+    """
     global _local_rank
     _local_rank = local_rank
     _cupy.cache_clear()
@@ -89,6 +92,19 @@ def _cupy() -> Any:
         raise DeviceNotFound("device 'cuda': no GPU is visible; see CUDA_VISIBLE_DEVICES")
     cupy.cuda.Device(_local_rank % count).use()
     return cupy
+
+
+def gpu_of(value: object) -> str | None:
+    """Return what tells the GPU in use from all others of this host; None for a host's array.
+
+    Its place on the PCI bus, and its UUID: parts of one (MIG) have the same place.
+    """
+    if not is_device(value):
+        return None
+    runtime = sys.modules["cupy"].cuda.runtime
+    device = runtime.getDevice()
+    uuid = runtime.getDeviceProperties(device).get("uuid", b"")
+    return f"{runtime.deviceGetPCIBusId(device)} {bytes(uuid).hex()}"
 
 
 def to_device(value: Array, device: str) -> Array:

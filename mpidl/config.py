@@ -226,6 +226,37 @@ def setting(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
+def bind(asked: str | None = None) -> str:
+    """MPIDL_BIND, or what was `asked`: "cores" binds ranks, where the launcher has not."""
+    return _choice("MPIDL_BIND", "none", ("none", "cores"), asked)
+
+
+def oversubscribe() -> bool:
+    """MPIDL_OVERSUBSCRIBE: 1 where ranks are meant to share cores and GPUs: nothing is told."""
+    return _choice("MPIDL_OVERSUBSCRIBE", "0", ("0", "1")) == "1"
+
+
+def threads() -> int | None:
+    """How many threads a rank has, as the user has set it; None where that is left to libraries."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return max((n for n in map(_count, names) if n is not None), default=None)
+
+
+def allocated_cores() -> int | None:
+    """Return the cores of each rank of a SLURM job that asked for a number; others bind theirs."""
+    return _count("SLURM_CPUS_PER_TASK")
+
+
+def visible_gpus() -> str | None:
+    """CUDA_VISIBLE_DEVICES: which GPUs this rank may see; None for all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def _count(name: str) -> int | None:
+    value = os.environ.get(name, "").split(",")[0].strip()  # OpenMP has one for each level
+    return int(value) if re.fullmatch(r"[1-9]\d{0,8}", value, re.ASCII) else None
+
+
 def _seconds(name: str, default: str, least: float) -> float:
     value = os.environ.get(name, default)
     try:

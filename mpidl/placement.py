@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mpidl.array import is_device, namespace, to_numpy
+from mpidl.array import gpu_of, is_device, namespace, to_numpy
 from mpidl.autograd.pending import settle
+from mpidl.binding import check_gpus
 from mpidl.errors import InvalidArgument, NonFiniteGradient
 from mpidl.staging import Staging
 
@@ -39,6 +40,7 @@ class Placement:
         self._frozen = {name: p for name, p in every.items() if not p.requires_grad}
         self._places: dict[str, tuple[Array, Array]] = {}
         self._shared = strategy.shared
+        check_gpus(world, gpu_of(buckets[0].param) if buckets else None)
         staging, root = Staging(), world.rank == 0
         for flat in buckets:
             values = namespace(flat.param).zeros_like(flat.param)

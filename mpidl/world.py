@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidl import abort, array, config, mpi, spawned, supervised, watchdog
+from mpidl import abort, binding, config, mpi, spawned, supervised, watchdog
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
@@ -302,8 +302,7 @@ def init(
     global _world
     if not isinstance(abort_on_error, bool):
         raise InvalidArgument(f"{abort_on_error=}: expected True or False")
-    stall, checks = config.stall(stall), config.check(check)
-    seconds = config.stall_seconds()
+    stall, checks, seconds = config.stall(stall), config.check(check), config.stall_seconds()
     if _world is None:
         supervised.start()
         MPI = mpi.load()
@@ -313,7 +312,7 @@ def init(
             # Each rank's lines at once, but whole: unbuffered, those of several ranks get mixed.
             sys.stdout.reconfigure(line_buffering=True, write_through=False)
         _world = spawned.named(World.of(MPI, MPI.COMM_WORLD))
-        array.bind_device(_world.local_rank)
+        binding.start(_world)
         watchdog.start(_world, seconds, stall)
         check = checks
     if check is not None:
@@ -322,6 +321,7 @@ def init(
         abort.install(_world.comm, _world.MPI.Get_processor_name())
     else:
         abort.uninstall()
+    binding.tell()  # where warnings are errors, the other ranks end too
     return _world
 
 

@@ -42,9 +42,10 @@ def environment(mpi: str | None, **extra: str) -> dict[str, str]:
     counting = ("COVERAGE_PROCESS",) if mpi == "mpich" else ()
     unwanted = (*traces, *settings, *counting, "MPI4PY_LIBMPI")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
+    crowd = {"MPIDL_OVERSUBSCRIBE": "1"}  # ranks share a core or a GPU here, and that is known
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     library = {} if mpi is None else {"MPI4PY_LIBMPI": str(MPI_LIBRARIES[mpi])}
-    return {**clean, **root, **library, **extra}
+    return {**clean, **crowd, **root, **library, **extra}
 
 
 def start(mpi: str | None, *command: str, cwd: Path = ROOT, **extra: str) -> subprocess.Popen[str]:

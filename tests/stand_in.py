@@ -312,7 +312,12 @@ def modules() -> dict[str, types.ModuleType]:
         cuda=types.SimpleNamespace(
             get_current_stream=lambda: stream,
             Device=lambda _: types.SimpleNamespace(use=lambda: None),
-            runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
+            runtime=types.SimpleNamespace(
+                getDeviceCount=lambda: 1,
+                getDevice=lambda: 0,
+                getDeviceProperties=lambda _: {"uuid": str(os.getpid()).encode()},
+                deviceGetPCIBusId=lambda _: "0000:00:00.0",
+            ),
         ),
         lib=types.SimpleNamespace(stride_tricks=types.SimpleNamespace(**tricks)),
         random=types.SimpleNamespace(Generator=Generator, Philox4x3210=lambda seed: seed),

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mpidl
-from mpidl import mpi
-from mpidl.cli import launcher
+from mpidl import cores, mpi
 
 if TYPE_CHECKING:
     from mpidl.world import World
@@ -25,7 +24,7 @@ def facts(world: World) -> dict[str, Any]:
     """Return cores, libraries and settings, as JSON holds them. Not collective."""
     return {
         "processor": _processor(),
-        "cores": launcher.cores(),
+        "cores": cores.available(),
         "nodes": world.nodes,
         "python": platform.python_version(),
         "mpidl": mpidl.__version__,

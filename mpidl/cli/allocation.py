@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mpidl import config
+from mpidl import config, cores
 from mpidl.cli import launcher, places
 from mpidl.cli.schedulers import base
 from mpidl.errors import InvalidArgument
@@ -102,7 +102,7 @@ def _cores(hosts: Mapping[str, int], found: Allocation | None) -> int | None:
     told = found.cores if found else {}
     if not all(name in told for name in hosts):
         return None
-    here = [launcher.cores()] if any(map(places.is_here, hosts)) else []
+    here = [cores.available()] if any(map(places.is_here, hosts)) else []
     return min([told[name] for name in hosts] + here)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from mpidl import __version__
+from mpidl import __version__, config
 from mpidl.cli import allocation, attend, bench, launcher, starters
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
@@ -108,6 +108,9 @@ def run(
         int | None,
         typer.Option(min=1, help="With --elastic, --restarts: give up where fewer are left."),
     ] = None,
+    bind: Annotated[
+        str, typer.Option(metavar="cores|none", help="Give each rank cores of its own.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
@@ -135,6 +138,8 @@ def run(
     asked = launcher_name.value if launcher_name else None
     starter = _or_exit(partial(starters.choose, library, chosen, asked, for_own))
     settings = launcher.replacing(min_ranks, replace=replace)
+    if bind:
+        settings["MPIDL_BIND"] = _or_exit(partial(config.bind, bind))
     environment = {**starter.environment(chosen), **settings}
     names = [*os.environ, *environment]
     options = _or_exit(
@@ -175,15 +180,26 @@ def run(
 
 @app.command()
 def doctor(
+    hosts: Annotated[
+        str, typer.Option(metavar="a,b", help="Also these hosts, and the network between them.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which MPI, launcher, cores and GPUs there are, and what is missing.
 
     Example: mpidl doctor --json
+
+    mpidl doctor --hosts a,b,c
     """
+    names = list(_or_exit(partial(launcher.parse_hosts, hosts))) if hosts else []
     report = checking.examine()
-    checking.show(report, as_json=as_json)
-    raise typer.Exit(0 if report.healthy else 1)
+    found = None
+    if names:
+        from mpidl.cli import doctor_hosts
+
+        found = doctor_hosts.examine(names)
+    checking.show(report, as_json=as_json, found=found)
+    raise typer.Exit(0 if report.healthy and not (found and found.told("problem")) else 1)
 
 
 @app.command()

@@ -11,13 +11,17 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mpidl
+from mpidl import cores
 from mpidl.cli import launcher
 from mpidl.errors import MpidlError
+
+if TYPE_CHECKING:
+    from mpidl.cli.doctor_hosts import Found
 
 PROBE = launcher.program(["mpidl.cli.probe"], module=True)
 PROBE_RANKS = 2
@@ -48,7 +52,7 @@ def examine() -> Report:
     facts["python"] = f"{platform.python_version()} ({sys.executable})"
     facts["numpy"] = np.__version__
     facts["mpi4py"] = _version("mpi4py")
-    facts["cores"] = launcher.cores()
+    facts["cores"] = cores.available()
     facts["omp_num_threads"] = os.environ.get("OMP_NUM_THREADS")
     facts["inside"] = [name for name in LAUNCHERS if name in os.environ]
     _mpi(report)
@@ -153,10 +157,15 @@ LABELS = {
 }
 
 
-def show(report: Report, *, as_json: bool) -> None:
-    """Print the report, as JSON or for a person."""
+def show(report: Report, *, as_json: bool, found: Found | None = None) -> None:
+    """Print the report, and what was `found` on other hosts, as JSON or for a person."""
     if as_json:
-        print(json.dumps({**asdict(report), "healthy": report.healthy}, indent=2))
+        told = asdict(report)
+        if found is not None:
+            told["problems"] += found.told("problem")
+            told["advice"] += found.told("warning")
+            told |= found.as_json()
+        print(json.dumps({**told, "healthy": not told["problems"]}, indent=2))
         return
     from rich.console import Console
     from rich.markup import escape
@@ -175,5 +184,15 @@ def show(report: Report, *, as_json: bool) -> None:
         console.print("[bold red]problem[/] " + escape(text))
     for text in report.advice:
         console.print("[bold yellow]advice[/]  " + escape(text))
-    if report.healthy:
+    for finding in found.findings if found is not None else ():
+        colour = {"ok": "green", "warning": "yellow"}.get(finding.state, "red")
+        text = finding.line.removeprefix(finding.state)
+        console.print(f"[bold {colour}]{finding.state}[/]{escape(text)}")
+        if finding.next:
+            console.print(escape(f"        next: {finding.next}"))
+    healthy = report.healthy and not (found and found.told("problem"))
+    if healthy and found is not None:
+        where = ",".join(found.hosts)
+        console.print(f"[bold green]ready[/]   mpidl run --hosts {escape(where)} SCRIPT will work")
+    elif healthy:
         console.print("[bold green]ready[/]   mpidl run -n 2 SCRIPT will work here")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpidl import mpi
+from mpidl import cores, mpi
 from mpidl.errors import InvalidArgument, MPINotFound
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ NAMES = {  # by vendor; the first that exists and belongs to the vendor is taken
     "intel": ("mpiexec.hydra", "mpiexec", "mpirun"),
     "unknown": ("mpiexec", "mpirun"),
 }
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux cgroup v2: "QUOTA PERIOD" or "max PERIOD"
 HOSTS = {"openmpi": "--host", "mpich": "-hosts", "intel": "-hosts"}  # by vendor: a:2,b:2
 # What ranks on other hosts need of the environment. Open MPI hands on its own settings only, the
 # others all.
@@ -93,16 +92,6 @@ def check(library: Library) -> None:
             f"({', '.join(NAMES[library.vendor])}) beside it or on PATH. {mpi.HOW_TO_GET_MPI}",
             library,
         )
-
-
-def cores() -> int:
-    """Return how many cores this process may use: its affinity, and its container's quota."""
-    available = len(os.sched_getaffinity(0))
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
 
 
 def parse_hosts(text: str) -> dict[str, int]:
@@ -194,10 +183,10 @@ def environment(
     Nothing that the user has set is changed. `available` are the cores of a host; by default all
     are taken to have as many as this one.
     """
-    available = cores() if available is None else available
+    at_hand = cores.available() if available is None else available
     ranks = max(hosts.values()) if hosts else ranks
     wanted = {
-        "OMP_NUM_THREADS": str(max(1, available // ranks)),  # or every rank's BLAS takes all cores
+        "OMP_NUM_THREADS": str(max(1, at_hand // ranks)),  # or every rank's BLAS takes all cores
         "PYTHONUNBUFFERED": "1",  # or output comes late: the ranks write to a pipe
     }
     # A dead node keeps its step, and that the cores; a shell in a step keeps those of its own.
@@ -209,7 +198,7 @@ def environment(
         wanted["OMPI_MCA_osc"] = "^ucx"  # the wheel's UCX component complains of shared windows
         if not hosts:  # this one is for networks, and sleeps for a second at the start
             wanted["OMPI_MCA_btl"] = "^ofi"
-        if ranks >= available:  # no core is left for anybody else: do not spin on one
+        if ranks >= at_hand:  # no core is left for anybody else: do not spin on one
             wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
         if os.geteuid() == 0:  # as in a container
             wanted["OMPI_ALLOW_RUN_AS_ROOT"] = wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from mpidl import bucket
+from mpidl import bucket, cores
 from mpidl.bench import jobs, plots
 from mpidl.cli import launcher
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
@@ -87,7 +87,7 @@ def plan(
         memory = units.rate(memory_rate, "memory-rate") if memory_rate else None
         if measured:
             places = launcher.parse_hosts(hosts) if hosts else None
-            number = sum(places.values()) if places else max(2, min(per_node, launcher.cores()))
+            number = sum(places.values()) if places else max(2, min(per_node, cores.available()))
             if speed is None and len(places or ()) < 2:
                 raise InvalidArgument("rate: needed too, unless two or more hosts are measured")
             found = jobs.run("mpidl.cli.plan_ranks", number, places)

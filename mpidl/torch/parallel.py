@@ -131,6 +131,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             f"optimizer={type(optimizer).__name__}",
             "DataParallel",
         )
+        places.check_gpus(world, trained)
         size = places.size_bytes(trained)
         on_device = any(p.is_cuda for p in trained.values())
         taken = not made_for_thread(asked.strategy)

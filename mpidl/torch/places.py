@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mpidl import bucket
+from mpidl import binding, bucket
 from mpidl.array import device_namespace
 from mpidl.errors import InvalidArgument, UnsupportedDtype
 
@@ -173,6 +173,16 @@ def describe(module: Any) -> list[str]:
     for name, b in module.named_buffers():
         lines.append(f"buffer {name} of shape {tuple(b.shape)}, {b.dtype}")
     return lines
+
+
+def check_gpus(world: World, parameters: Mapping[str, Any]) -> None:
+    """Warn where two ranks of a node have their parameters on one GPU. Collective."""
+    device = next((p.device for p in parameters.values() if p.is_cuda), None)
+    gpu = None
+    if device is not None:
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # since 2.5
+        gpu = None if uuid is None else str(uuid)
+    binding.check_gpus(world, gpu)
 
 
 def size_bytes(parameters: Mapping[str, Any]) -> int:

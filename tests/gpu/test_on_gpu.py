@@ -53,3 +53,34 @@ def test_doctor_names_the_gpu() -> None:
     result = job.execute(mpi, "mpidl", "doctor", "--json")
     assert result.status == 0, result
     assert len(json.loads(result.output)["facts"]["gpus"]) == gpus()
+
+
+SHARED = """
+import cupy, mpidl
+from mpidl import nn, optim
+from mpidl.array import gpu_of
+world = mpidl.init()
+model = nn.Linear(3, 2)
+model.to("cuda")
+mpidl.DataParallel(model, optim.SGD(0.1)).close()
+names = world.gather((cupy.cuda.runtime.getDevice(), gpu_of(model.weight.data)))
+if world.rank == 0:
+    print(*names, sep="\\n")
+"""
+
+
+def test_each_rank_has_a_gpu_of_its_own_or_it_is_told(mpi: str, tmp_path: Path) -> None:
+    script = job.script(tmp_path, SHARED)
+    for ranks in (1, gpus(), gpus() + 1):
+        result = job.run(mpi, ranks, script, MPIDL_OVERSUBSCRIBE="0")
+        assert result.status == 0, result
+        assert len(set(result.output.splitlines())) == min(ranks, gpus()), result
+        assert ("share GPU" in result.errors) == (ranks > gpus()), result
+
+
+def test_ranks_that_see_one_gpu_each(mpi: str, tmp_path: Path) -> None:
+    """As --gpus-per-task=1 does it; all see the first one here, so that is told."""
+    script = job.script(tmp_path, SHARED)
+    result = job.run(mpi, 2, script, MPIDL_OVERSUBSCRIBE="0", CUDA_VISIBLE_DEVICES="0")
+    assert result.status == 0 and "ranks 0, 1 share GPU" in result.errors, result
+    assert {line[:3] for line in result.output.splitlines()} == {"(0,"}, result

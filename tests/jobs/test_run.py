@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mpidl.cli import launcher
+from mpidl import cores
 from tests import job
 from tests.jobs.test_failures import TRACEBACK, only_mpich
 
@@ -52,7 +52,7 @@ def run_line(*arguments: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_arguments_and_threads(mpi: str, ranks: int, tmp_path: Path) -> None:
     result = job.run(mpi, ranks, job.script(tmp_path, TELL), *ARGUMENTS)
-    threads = str(max(1, launcher.cores() // ranks))
+    threads = str(max(1, cores.available() // ranks))
     assert told(result) == [[r, ranks, ARGUMENTS, None, threads] for r in range(ranks)], result
 
 

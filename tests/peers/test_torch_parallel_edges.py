@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -349,3 +350,22 @@ def test_batch_norm_over_all_ranks(world: mpidl.World, rng: Any) -> None:
             loss_of(m(a), b).backward()
             u.step()
     assert_equal(parallel, plain, 1e-4)
+
+
+def test_two_ranks_with_their_modules_on_one_gpu(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch says of GPUs is made up."""
+    from types import SimpleNamespace
+
+    from mpidl.torch import places
+
+    monkeypatch.setenv("MPIDL_OVERSUBSCRIBE", "0")
+    on_gpu = {"w": SimpleNamespace(is_cuda=True, device="cuda:0")}
+    for uuid, told in (("GPU-1", True), (f"GPU-{world.rank}", False), (None, False)):
+        found = SimpleNamespace(uuid=uuid)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=found: found)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            places.check_gpus(world, on_gpu)
+        assert len(caught) == (told and world.local_rank == 0 and world.local_size > 1)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mpidl.cli import allocation, launcher
+from mpidl import cores
+from mpidl.cli import allocation
 from mpidl.cli.allocation import Allocation, choose, expand, find, per_node
 from mpidl.errors import InvalidArgument
 
@@ -28,7 +29,7 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in set(os.environ):
         if name.startswith(OF_JOBS):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(launcher, "cores", lambda: 4)
+    monkeypatch.setattr(cores, "available", lambda: 4)
 
 
 def inside(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:

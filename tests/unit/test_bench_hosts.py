@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from mpidl import cores
 from mpidl.bench import allreduce, allreduce_ranks, coded, jobs, methods, network, plots, step, wire
 from mpidl.cli import launcher
 from mpidl.cli.app import app
@@ -64,7 +65,7 @@ def test_jobs_run_on_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(jobs.launcher, "find", lambda: library("openmpi"))
     monkeypatch.setattr(jobs.subprocess, "run", run)
-    monkeypatch.setattr(jobs.launcher, "cores", lambda: 3)
+    monkeypatch.setattr(cores, "available", lambda: 3)
     monkeypatch.delenv("OMPI_MCA_mpi_yield_when_idle", raising=False)
     assert jobs.run("module", 4, {"a": 1, "b": 3}, size=8) == {"rows": []}
     line, environment = ran[0]

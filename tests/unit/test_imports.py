@@ -19,12 +19,14 @@ MEDDLING = ("PYTHONDONTWRITEBYTECODE", "COVERAGE_PROCESS")
 
 LEVELS = {
     "array": 0,
+    "cores": 0,
     "config": 0,
     "errors": 0,
     "exact": 0,
     "refuse": 0,
     "abort": 1,
     "autograd": 1,
+    "binding": 1,
     "hang": 1,
     "lease": 1,
     "link": 1,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
+from mpidl import cores
 from mpidl.cli import launcher
 from mpidl.cli.app import app
 from mpidl.errors import InvalidArgument, MPINotFound
@@ -185,11 +186,10 @@ def test_a_child_job_sees_nothing_of_the_launcher(monkeypatch: pytest.MonkeyPatc
 def test_cores_are_those_of_the_affinity_and_the_container(
     quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "cpu.max"
-    file.write_text(quota)
-    monkeypatch.setattr(launcher, "CPU_QUOTA", file)
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr("mpidl.cores.CGROUPS", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert launcher.cores() == expected
+    assert cores.available() == expected
 
 
 def test_an_option_of_the_launcher_is_told_apart() -> None:

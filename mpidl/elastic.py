@@ -25,6 +25,7 @@ from mpidl import abort, config, data, replacement, spawned, survivable, warm, w
 from mpidl.checkpoint.folder import complete
 from mpidl.checkpoint.saver import Saver
 from mpidl.errors import MpidlError
+from mpidl.making import known
 from mpidl.warm import MEMORY, PREFIX
 
 if TYPE_CHECKING:
@@ -265,16 +266,14 @@ def shrunk(ranks: World) -> World:
     It takes the place of `mpidl.init()`'s, and of the communicator that errors end. Where another
     one dies meanwhile, some have made a world and others have not: then all make a smaller one.
     """
-    comm, made = ranks.comm, list[Any]()
+    comm, failed = ranks.comm, list[Any]()
     world.revoke(ranks)
     for _ in range(ranks.size):  # not for ever, where it is no death
         old, comm, left = comm, comm.Shrink(), None
-        # Open MPI 5.0.11 crashes where a rank that is through revokes what another still makes
         with suppress(ranks.MPI.Exception):
-            old.Agree(1)
-        made.append(comm)
+            old.Agree(1)  # all have made it: see `making`
         try:
-            left = world.World.of(ranks.MPI, comm)
+            left = world.World.of(ranks.MPI, comm, own=True, node=ranks.node)
             watchdog.again(left)
         except Exception:  # which need not be MPI's: see `Elastic.check`
             left = None
@@ -284,8 +283,9 @@ def shrunk(ranks: World) -> World:
             if comm.Agree(int(left is not None)) and left is not None:
                 world.replace_current(left)
                 abort.end_without_finalizing(left.comm)
-                _retire(made)
+                _retire(failed)
                 return left
+        failed.append(comm)
         comm.Revoke()
     raise MpidlError("ranks have died, and those that are left come to no world of their own")
 
@@ -298,8 +298,8 @@ def _retire(comms: list[Any]) -> None:
     for comm in _retired:
         with suppress(Exception):  # it may be freed already
             comm.Free()
-    known = [comm for comm in (ref() for ref in world._communicators) if comm]
-    _retired[:] = comms + [comm for comm in known if comm.Is_revoked()]
+    revoked = [comm for comm in known() if comm and comm.Is_revoked()]
+    _retired[:] = comms + [comm for comm in revoked if comm not in comms]
 
 
 def _sweep() -> None:

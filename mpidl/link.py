@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+from mpidl.making import made
+
 if TYPE_CHECKING:
     from mpidl.world import World
 
@@ -13,7 +15,8 @@ class Link:
     """Sends and receives without waiting, on a communicator of its own. Made collectively."""
 
     def __init__(self, world: World) -> None:
-        self._MPI, self.comm = world.MPI, world.comm.Clone()
+        self._MPI = world.MPI
+        self.comm = made(world.MPI, world.comm, world.comm.Clone)
         self._status = world.MPI.Status()
         self._leaving: list[Any] = []  # requests, which hold their messages
 

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpidl import abort, config, spawned, supervised, watchdog, world
+from mpidl import abort, config, making, spawned, supervised, watchdog, world
 from mpidl.errors import MpidlError
 from mpidl.newcomer import DONE, JOIN, LEAVE, Newcomer, spawn
 from mpidl.spawned import TAG
@@ -267,9 +267,10 @@ def _join(elastic: Elastic) -> World:
 
 def _world_of(MPI: Any, merged: Any, number: int) -> World:
     """Return the world of all, by their numbers in the first one. Collective."""
-    made = world.World.of(MPI, merged.Split(0, number))
-    watchdog.again(made)
-    return made
+    comm = making.made(MPI, merged, lambda: merged.Split(0, number))
+    grown = world.World.of(MPI, comm, own=True)
+    watchdog.again(grown)
+    return grown
 
 
 def _take(elastic: Elastic, grown: World) -> None:

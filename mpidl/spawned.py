@@ -116,8 +116,13 @@ def named(world: World) -> World:
     return dataclasses.replace(world, **{k: v for k, v in told.items() if k != "hosts"})
 
 
-def on_node(MPI: Any, comm: Any) -> Any:
-    """Return the communicator of the ranks that share this node's memory. Collective."""
+def on_node(MPI: Any, comm: Any, node: int | None = None) -> Any:
+    """Return the communicator of the ranks that share this node's memory. Collective.
+
+    With `node`, its number, that is known already.
+    """
+    if node is not None:
+        return comm.Split(node, comm.rank)
     if not config.replace():
         return comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
     # Open MPI does not find out whether a rank that was spawned later shares it

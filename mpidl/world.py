@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -17,6 +16,7 @@ import numpy as np
 
 from mpidl import abort, array, config, mpi, spawned, supervised, watchdog
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
+from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
 from mpidl.refuse import WRONG, wrong
 
@@ -31,7 +31,6 @@ SPIN_SECONDS = 1e-4
 NAP_SECONDS = 1e-4
 
 _world: World | None = None
-_communicators: list[weakref.ref[Any]] = []  # of all worlds
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,13 @@ class World:
     mark: Mark = field(default_factory=Mark, compare=False, repr=False)  #: what it is waiting in
 
     @classmethod
-    def of(cls, MPI: Any, comm: Any) -> World:
-        """Clone `comm` and find out who shares a node with whom. Collective."""
-        comm = noted(comm.Clone())
-        local = noted(spawned.on_node(MPI, comm))
+    def of(cls, MPI: Any, comm: Any, *, own: bool = False, node: int | None = None) -> World:
+        """Clone `comm`, unless it is its `own`, and find out who shares a node. Collective.
+
+        With `node`, the same number on all ranks of a node, that is known already.
+        """
+        comm = noted(comm if own else made(MPI, comm, comm.Clone))
+        local = noted(made(MPI, comm, lambda: spawned.on_node(MPI, comm, node)))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}
         for rank, leader in enumerate(leaders):
@@ -253,21 +255,14 @@ def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
-def noted(comm: Any) -> Any:
-    """Let `revoke` know of a communicator, as long as it is there."""
-    _communicators[:] = [ref for ref in _communicators if ref() is not None]
-    _communicators.append(weakref.ref(comm))
-    return comm
-
-
 def revoke(world: World) -> None:
     """End all calls in which ranks wait for others, here and there, by an error. Not collective.
 
     Of all worlds, for a rank that waits in one of them does not come to the others. For MPIs that
     go on when a rank dies (ULFM, MPI_Comm_revoke).
     """
-    for comm in [ref() for ref in _communicators]:
-        if comm is not None and comm != world.MPI.COMM_NULL and not comm.Is_revoked():
+    for comm in known():
+        if comm != world.MPI.COMM_NULL and not comm.Is_revoked():
             comm.Revoke()
 
 

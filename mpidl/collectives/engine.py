@@ -10,7 +10,7 @@ from mpidl.collectives.coordinator import ADD, REMOVE
 from mpidl.collectives.driver import CLOSE, JOIN, Driver
 from mpidl.collectives.request import Description, Handle, Item, Request, describe, signature
 from mpidl.errors import InvalidArgument
-from mpidl.world import noted
+from mpidl.making import noted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from mpidl.world import noted
+from mpidl.making import made, noted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,8 @@ class ProcessSet:
     def of(cls, world: World, number: int, ranks: tuple[int, ...]) -> ProcessSet:
         """Make one of `ranks` of `world`. Collective over `world`."""
         MPI = world.MPI
-        comm = world.comm.Split(0 if world.rank in ranks else MPI.UNDEFINED, world.rank)
+        color = 0 if world.rank in ranks else MPI.UNDEFINED
+        comm = made(MPI, world.comm, lambda: world.comm.Split(color, world.rank))
         if comm == MPI.COMM_NULL:
             return cls(number, ranks, None)
         comm = noted(comm)

@@ -152,7 +152,9 @@ def die_in_recovery(call: int, record: Path, rank: int) -> None:
             return super().__getattribute__(name)
 
     plain = mpidl.World.of
-    mpidl.World.of = lambda module, comm: plain(module, Dying(comm))  # type: ignore[method-assign]
+    mpidl.World.of = lambda module, comm, **known: plain(  # type: ignore[method-assign]
+        module, Dying(comm), **known
+    )
 
 
 def tell_steps(path: Path) -> None:

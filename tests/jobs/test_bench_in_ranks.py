@@ -243,8 +243,8 @@ from mpidl.world import World
 wire.MIN_SECONDS = timing.MIN_SECONDS_OF_WIRE = 1e-3
 usual = World.of
 
-def of(MPI, comm):
-    world = usual(MPI, comm)
+def of(MPI, comm, **known):
+    world = usual(MPI, comm, **known)
     if comm.size < 4:
         return world
     node, nodes = world.rank // 2, world.local.Split(world.rank // 2)

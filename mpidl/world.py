@@ -19,6 +19,7 @@ from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
 from mpidl.refuse import WRONG, wrong
+from mpidl.unsent import sent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -220,16 +221,18 @@ class World:
         return some(ranks)
 
     def broadcast(self, value: T, root: int = 0) -> T:
-        """Return rank `root`'s object on every rank (pickled on the way). Collective."""
+        """Return rank `root`'s object on every rank (pickled on the way). Collective.
+
+        Raises InvalidArgument on every rank where it cannot be pickled, as `gather` does.
+        """
         with self.mark.enter("broadcast from rank {}", (root,)):
-            found: T = self.comm.bcast(value, root)
-        return found
+            mine = value if self.rank == root else None
+            return sent(self.MPI, self.rank, lambda it: [self.comm.bcast(it, root)], mine)[0]
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's object, by rank, on every rank (pickled on the way). Collective."""
         with self.mark.enter("gather"):
-            found: list[T] = self.comm.allgather(value)
-        return found
+            return sent(self.MPI, self.rank, self.comm.allgather, value)
 
     def sum(self, values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the sum over ranks of `values` (k,), as float64, on every rank. Collective."""

@@ -226,7 +226,7 @@ class World:
         Raises InvalidArgument on every rank where it cannot be pickled, as `gather` does.
         """
         with self.mark.enter("broadcast from rank {}", (root,)):
-            mine = value if self.rank == root else None
+            mine = value if self.comm.rank == root else None  # a replacement is alone
             return sent(self.MPI, self.rank, lambda it: [self.comm.bcast(it, root)], mine)[0]
 
     def gather(self, value: T) -> list[T]:

@@ -52,12 +52,12 @@ class World:
     mark: Mark = field(default_factory=Mark, compare=False, repr=False)  #: what it is waiting in
 
     @classmethod
-    def of(cls, MPI: Any, comm: Any, *, own: bool = False, node: int | None = None) -> World:
-        """Clone `comm`, unless it is its `own`, and find out who shares a node. Collective.
+    def of(cls, MPI: Any, comm: Any, *, node: int | None = None) -> World:
+        """Clone `comm` and find out who shares a node with whom. Collective.
 
         With `node`, the same number on all ranks of a node, that is known already.
         """
-        comm = noted(comm if own else made(MPI, comm, comm.Clone))
+        comm = noted(made(MPI, comm, comm.Clone))
         local = noted(made(MPI, comm, lambda: spawned.on_node(MPI, comm, node)))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}

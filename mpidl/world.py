@@ -57,7 +57,7 @@ class World:
 
         With `node`, the same number on all ranks of a node, that is known already.
         """
-        comm = noted(made(MPI, comm, comm.Clone))
+        comm = noted(made(MPI, comm, lambda: comm.Clone()))
         local = noted(made(MPI, comm, lambda: spawned.on_node(MPI, comm, node)))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}

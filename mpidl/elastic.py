@@ -266,14 +266,15 @@ def shrunk(ranks: World) -> World:
     It takes the place of `mpidl.init()`'s, and of the communicator that errors end. Where another
     one dies meanwhile, some have made a world and others have not: then all make a smaller one.
     """
-    comm, failed = ranks.comm, list[Any]()
+    comm, shrunken = ranks.comm, list[Any]()
     world.revoke(ranks)
     for _ in range(ranks.size):  # not for ever, where it is no death
         old, comm, left = comm, comm.Shrink(), None
         with suppress(ranks.MPI.Exception):
             old.Agree(1)  # all have made it: see `making`
+        shrunken.append(comm)
         try:
-            left = world.World.of(ranks.MPI, comm, own=True, node=ranks.node)
+            left = world.World.of(ranks.MPI, comm, node=ranks.node)
             watchdog.again(left)
         except Exception:  # which need not be MPI's: see `Elastic.check`
             left = None
@@ -283,9 +284,8 @@ def shrunk(ranks: World) -> World:
             if comm.Agree(int(left is not None)) and left is not None:
                 world.replace_current(left)
                 abort.end_without_finalizing(left.comm)
-                _retire(failed)
+                _retire(shrunken)
                 return left
-        failed.append(comm)
         comm.Revoke()
     raise MpidlError("ranks have died, and those that are left come to no world of their own")
 

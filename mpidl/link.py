@@ -16,7 +16,7 @@ class Link:
 
     def __init__(self, world: World) -> None:
         self._MPI = world.MPI
-        self.comm = made(world.MPI, world.comm, world.comm.Clone)
+        self.comm = made(world.MPI, world.comm, lambda: world.comm.Clone())
         self._status = world.MPI.Status()
         self._leaving: list[Any] = []  # requests, which hold their messages
 

@@ -268,7 +268,7 @@ def _join(elastic: Elastic) -> World:
 def _world_of(MPI: Any, merged: Any, number: int) -> World:
     """Return the world of all, by their numbers in the first one. Collective."""
     comm = making.made(MPI, merged, lambda: merged.Split(0, number))
-    grown = world.World.of(MPI, comm, own=True)
+    grown = world.World.of(MPI, comm)
     watchdog.again(grown)
     return grown
 

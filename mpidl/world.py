@@ -19,6 +19,7 @@ from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
 from mpidl.refuse import WRONG, wrong
+from mpidl.unsent import sent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,12 +52,12 @@ class World:
     mark: Mark = field(default_factory=Mark, compare=False, repr=False)  #: what it is waiting in
 
     @classmethod
-    def of(cls, MPI: Any, comm: Any, *, own: bool = False, node: int | None = None) -> World:
-        """Clone `comm`, unless it is its `own`, and find out who shares a node. Collective.
+    def of(cls, MPI: Any, comm: Any, *, node: int | None = None) -> World:
+        """Clone `comm` and find out who shares a node with whom. Collective.
 
         With `node`, the same number on all ranks of a node, that is known already.
         """
-        comm = noted(comm if own else made(MPI, comm, comm.Clone))
+        comm = noted(made(MPI, comm, lambda: comm.Clone()))
         local = noted(made(MPI, comm, lambda: spawned.on_node(MPI, comm, node)))
         leaders = comm.allgather(local.bcast(comm.rank))
         members: dict[int, list[int]] = {}
@@ -220,16 +221,18 @@ class World:
         return some(ranks)
 
     def broadcast(self, value: T, root: int = 0) -> T:
-        """Return rank `root`'s object on every rank (pickled on the way). Collective."""
+        """Return rank `root`'s object on every rank (pickled on the way). Collective.
+
+        Raises InvalidArgument on every rank where it cannot be pickled, as `gather` does.
+        """
         with self.mark.enter("broadcast from rank {}", (root,)):
-            found: T = self.comm.bcast(value, root)
-        return found
+            mine = value if self.comm.rank == root else None  # a replacement is alone
+            return sent(self.MPI, self.rank, lambda it: [self.comm.bcast(it, root)], mine)[0]
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's object, by rank, on every rank (pickled on the way). Collective."""
         with self.mark.enter("gather"):
-            found: list[T] = self.comm.allgather(value)
-        return found
+            return sent(self.MPI, self.rank, self.comm.allgather, value)
 
     def sum(self, values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the sum over ranks of `values` (k,), as float64, on every rank. Collective."""

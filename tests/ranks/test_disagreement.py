@@ -184,3 +184,13 @@ def test_what_python_says_of_one_rank_is_raised_on_all(world: mpidl.World) -> No
     text = "x" if world.rank == world.size - 1 else "1"
     with pytest.raises(InvalidArgument, match="string to float: 'x'"), world.together():
         float(text)
+
+
+@pytest.mark.parametrize("call", ["broadcast", "gather"])
+def test_what_cannot_be_pickled_is_told_of_on_all(world: mpidl.World, call: str) -> None:
+    odd = world.size - 1
+    value = (lambda: 0) if world.rank == odd else 1
+    root = {"root": odd} if call == "broadcast" else {}
+    with pytest.raises(InvalidArgument, match=f"^rank {odd}: function cannot be pickled: "):
+        getattr(world, call)(value, **root)
+    assert world.gather(world.rank) == list(range(world.size))  # in step

@@ -39,6 +39,7 @@ LEVELS = {
     "spawned": 1,
     "supervised": 1,
     "watchdog": 1,
+    "unsent": 1,
     "world": 1,
     "data": 2,
     "functional": 2,

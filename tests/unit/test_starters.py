@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
+from mpidl import cores
 from mpidl.cli import dialects, launcher, starters
 from mpidl.cli.allocation import Allocation, Chosen
 from mpidl.cli.app import app
@@ -40,7 +41,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in set(os.environ):
         if name.startswith(OF_JOBS):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(launcher, "cores", lambda: 4)
+    monkeypatch.setattr(cores, "available", lambda: 4)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (tmp_path / "bin").mkdir()

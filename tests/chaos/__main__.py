@@ -26,14 +26,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpidl.cli.launcher import cores
+from mpidl.cores import available
 from tests import job
 from tests.chaos import run
 from tests.chaos.soak import soak
 from tests.chaos.trial import Trial, draw
 from tests.chaos.verdict import Verdict, judge
 
-AT_ONCE = 2 * cores()  # a trial often waits, for ranks to start and for time to pass
+AT_ONCE = 2 * available()  # a trial often waits, for ranks to start and for time to pass
 LIMIT = 60.0  # seconds after which a run is taken to hang
 MEDIAN_SECONDS, WORST_SECONDS = 1.0, 5.0  # of recovery, one trial at a time
 COUNTS = ("hung", "lost_steps", "wrong_weights", "unexplained_errors")

@@ -6,6 +6,7 @@ import json
 import sys
 
 import numpy as np
+import pytest
 
 from tests import job
 from tests.hosts.conftest import SCRIPT, Up
@@ -13,6 +14,9 @@ from tests.hosts.conftest import SCRIPT, Up
 SLOW = 200e6  # bits a second
 
 
+@pytest.mark.parametrize(
+    "mpi", ["openmpi", pytest.param("mpich", marks=pytest.mark.soak)], indirect=True
+)
 def test_each_host_that_is_not_well_is_named(mpi: str, hosts: Up) -> None:
     three = hosts(3)
     three.do("rate", "t1", "200mbit")

@@ -10,8 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from mpidl.buffers import BufferMean
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.microbatches import Microbatches
+from mpidl.torch.arguments import WRONG, ours
 from mpidl.torch.buffers import Buffers
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class Loop:
                 f"{mine.stop - 1} of {leaves} have {ends[-1] - ends[0]}: see "
                 f"mpidl.torch.Sampler(..., microbatches={leaves})"
             )
+        parts: list[Any] = []
+        if problem is None:
+            parts, problem = _cut(batch, dim, ends)
         sums.unit = total / leaves
         leading = next((i for i in range(leaves) if total * (i + 1) // leaves), 0)  # that has rows
         gradients, generator = self._gradients, torch.get_rng_state()
@@ -78,7 +82,7 @@ class Loop:
                 if start < end and problem is None:
                     torch.manual_seed(self._seed_of(leaf))
                     self._others.restore(before)
-                    yield _part(batch, dim, start - ends[0], end - ends[0])
+                    yield parts[leaf - mine.start]
                     if leaf == leading:
                         first = self._others.values()
                 gradients.add_microbatch(float(end - start), problem)
@@ -104,9 +108,12 @@ def _floats(module: Any) -> dict[str, Array]:
     }
 
 
-def _rows(batch: tuple[Any, ...], dim: int) -> tuple[int, InvalidArgument | None]:
+def _rows(batch: tuple[Any, ...], dim: int) -> tuple[int, MpidlError | None]:
     """Return how many rows a batch has, and what is wrong with it, if anything."""
-    shapes = [tuple(x.shape) for x in pytree.tree_leaves(batch) if torch.is_tensor(x)]
+    try:
+        shapes = [tuple(x.shape) for x in pytree.tree_leaves(batch) if torch.is_tensor(x)]
+    except WRONG as error:  # of a tensor that has no shape
+        return 0, ours(error)
     rows = {shape[dim] if dim < len(shape) else -1 for shape in shapes}
     if not rows or -1 in rows or len(rows) > 1:
         text = f"split: tensors of shapes {shapes}: expected one or more, of equally many rows"
@@ -114,9 +121,18 @@ def _rows(batch: tuple[Any, ...], dim: int) -> tuple[int, InvalidArgument | None
     return rows.pop(), None
 
 
-def _part(batch: tuple[Any, ...], dim: int, start: int, end: int) -> Any:
-    """Return rows of all tensors in a batch."""
+def _cut(batch: tuple[Any, ...], dim: int, ends: list[int]) -> tuple[list[Any], MpidlError | None]:
+    """Return the rows of all tensors from each end to the next, and what is wrong, if anything."""
+    try:
+        return [
+            _part(batch, dim, start - ends[0], end - start) for start, end in pairwise(ends)
+        ], None
+    except WRONG as error:  # of a tensor that cannot be cut
+        return [], ours(error)
+
+
+def _part(batch: tuple[Any, ...], dim: int, start: int, rows: int) -> Any:
     parts = pytree.tree_map(
-        lambda x: x.narrow(dim, start, end - start) if torch.is_tensor(x) else x, batch
+        lambda x: x.narrow(dim, start, rows) if torch.is_tensor(x) else x, batch
     )
     return parts[0] if len(parts) == 1 else parts

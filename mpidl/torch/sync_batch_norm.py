@@ -17,6 +17,8 @@ from mpidl.torch.process_sets import global_process_set
 from mpidl.torch.reduce_op import Sum
 
 Tensor = Any
+#: that torch computes moments of: not of its floats of 8 bits
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc]
@@ -61,7 +63,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc
                 f"{who}: input of shape "
                 f"{tuple(input.shape)}: expected (samples, {self.num_features}, ...)"
             )
-        if not input.is_floating_point():
+        if input.dtype not in FLOATING:
             raise InvalidArgument(f"{who}: input of {input.dtype}: expected floating-point numbers")
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002

@@ -91,6 +91,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "num_features": lambda: hvd.SyncBatchNorm("3"),
     "not 'x'": lambda: hvd.SyncBatchNorm.convert_sync_batchnorm("x"),
     "floating": lambda: hvd.SyncBatchNorm(3)(torch.ones(2, 3, dtype=torch.int64)),
+    "float8_e4m3fn: expected floating": lambda: hvd.SyncBatchNorm(3)(
+        torch.ones(2, 3).to(torch.float8_e4m3fn)
+    ),
     "unpickled": lambda: hvd.broadcast_object(ONES.to(torch.float8_e4m3fn)),
 }
 

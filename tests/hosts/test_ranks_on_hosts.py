@@ -65,7 +65,7 @@ def fail_if(result: job.Result) -> None:
         ("openmpi", "2 + 2", "parallel"),
         ("openmpi", "1 + 2 + 1", "strategies parallel"),
         ("openmpi", "round robin", "trainer"),
-        ("mpich", "2 + 2", "average batch_norm frozen parallel"),
+        ("mpich", "2 + 2", "average batch_norm frozen"),
         pytest.param("mpich", "1 + 2 + 1", "strategies parallel", marks=pytest.mark.soak),
     ],
     indirect=["mpi"],

@@ -26,6 +26,7 @@ DISTANCES: dict[Any, tuple[float, float]] = {
     "powersgd": (0.3, 0.3),
     "signsgd": (0.3, 0.6),
 }
+NEAR = ("fp16", "bf16", "int8")
 pytestmark = pytest.mark.skipif(
     DEVICE != "cpu" or mpidl.init().size != 2 or MPICH,
     reason="once is enough: 2 ranks, under Open MPI",
@@ -80,8 +81,8 @@ def test_digits(codec: Any) -> None:
 
 @pytest.mark.parametrize(
     "codec",
-    # seconds each, and halves are near to what they stand for in any training
-    [pytest.param(c, marks=pytest.mark.soak if c in ("fp16", "bf16") else ()) for c in DISTANCES],
+    # seconds each; these are near to what they stand for in any training
+    [pytest.param(c, marks=pytest.mark.soak if c in NEAR else ()) for c in DISTANCES],
     ids=str,
 )
 def test_characters(codec: Any) -> None:

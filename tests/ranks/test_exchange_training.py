@@ -15,7 +15,17 @@ from tests.ranks.conftest import as_nodes, fewer_runs
 pytestmark = fewer_runs
 
 
-@pytest.mark.parametrize("codec", [None, *sorted(set(CODECS) - {"topk"}), TopK(0.1)], ids=str)
+NEAR = ("bf16", "fp16", "int8")  # to what they stand for, in any training
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        *(pytest.param(codec, marks=pytest.mark.soak) for codec in NEAR),
+        *(None, *sorted(set(CODECS) - {"topk", *NEAR}), TopK(0.1)),
+    ],
+    ids=str,
+)
 def test_training_comes_near_to_that_without(
     codec: Any, world: mpidl.World, rng: np.random.Generator
 ) -> None:

@@ -60,10 +60,11 @@ def own_seat() -> Seat:
 def start(world: World) -> None:
     """Choose this rank's GPU, its threads, and with MPIDL_BIND=cores its cores. Collective."""
     global _clash
-    mode, own = config.bind(), own_seat()
+    mode = config.bind()
     if world.size == 1:
         array.bind_device(0)
         return
+    own = own_seat()
     seats = world.local.allgather(own)
     if len(seats) != world.local_size:  # spawned in another's place: it is alone until it joins
         seats = [own] * world.local_size

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from mpidl.array import ALIGNMENT_BYTES, aligned_zeros
 from mpidl.average import mean
 from mpidl.errors import InvalidArgument, MpidlError, UnsupportedDtype
 from mpidl.foreign import SUPPORTED, memory
-from mpidl.refuse import told
+from mpidl.refuse import is_whole, told
 from mpidl.staging import CHUNK_BYTES
 from mpidl.world import World, current
 
@@ -120,8 +119,7 @@ def broadcast(
     Raises on every rank InvalidArgument for a root that is no rank, RankMismatch where roots,
     names, shapes or dtypes differ, and any rank's `problem`.
     """
-    known = isinstance(root, Integral) and not isinstance(root, bool)
-    if problem is None and not (known and 0 <= root < world.size):
+    if problem is None and not (is_whole(root) and 0 <= root < world.size):
         problem = InvalidArgument(f"root {told(root)}: expected a rank from 0 to {world.size - 1}")
     world.agree(problem)
     lines = [f"{name} {array.shape} {array.dtype}" for name, array in arrays.items()]

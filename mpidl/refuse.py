@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from mpidl.errors import InvalidArgument, MpidlError
@@ -56,9 +56,19 @@ def wrong(error: Exception) -> InvalidArgument:
     return made
 
 
+def is_whole(value: object) -> bool:
+    """Tell whether this is a whole number, Python's or another's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """Tell whether this is a real number, NaN too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def whole(what: str, value: Any, least: int = 0) -> int:
     """Return a whole number of `least` or more as Python's. Raises InvalidArgument for others."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not is_whole(value) or value < least:
         raise InvalidArgument(f"{what}={told(value)}: expected a whole number from {least} on")
     return int(value)
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import keras
@@ -13,7 +12,7 @@ import keras
 from mpidl import packed
 from mpidl.errors import InvalidArgument
 from mpidl.keras.gradients import as_numpy
-from mpidl.refuse import told, whole
+from mpidl.refuse import is_real, told, whole
 from mpidl.world import current
 
 
@@ -79,8 +78,7 @@ class LearningRateWarmupCallback(keras.callbacks.Callback):  # type: ignore[misc
     ) -> None:
         super().__init__()
         for given in (initial_lr, warmup_epochs):
-            real = isinstance(given, Real) and not isinstance(given, bool)
-            if not (real and 0 < given < math.inf):
+            if not (is_real(given) and 0 < given < math.inf):
                 raise InvalidArgument(
                     f"initial_lr={told(initial_lr)}, warmup_epochs={told(warmup_epochs)}: "
                     "expected numbers above 0"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from mpidl.errors import InvalidArgument
 from mpidl.keras.gradients import average
-from mpidl.refuse import told
+from mpidl.refuse import is_real, told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,8 +43,7 @@ def DistributedOptimizer(optimizer: Any, *, weight: float = 1.0) -> Any:
         )
     if hasattr(optimizer, MARK):
         raise InvalidArgument(f"DistributedOptimizer: this {type(optimizer).__name__} is one")
-    real = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not (real and 0 <= weight < math.inf):
+    if not (is_real(weight) and 0 <= weight < math.inf):
         raise InvalidArgument(f"weight={told(weight)}: expected a finite number, 0 or more")
     setattr(optimizer, MARK, weight)
     plain, stateless, within = optimizer.apply, optimizer.stateless_apply, False

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from mpidl.errors import InvalidArgument
-from mpidl.refuse import refuses, told
+from mpidl.refuse import is_whole, refuses, told
 
 NOISE = 1  # stands before the key, so that noise is not the weights' numbers over again
 
@@ -110,5 +109,5 @@ def check_state(state: Any) -> list[np.random.Generator | None]:
 
 
 def _check(*key: int) -> None:
-    if any(type(n) is bool or not isinstance(n, Integral) or n < 0 for n in key):
+    if any(not is_whole(n) or n < 0 for n in key):
         raise InvalidArgument(f"seed {', '.join(map(told, key))}: expected numbers of 0 or more")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from functools import wraps
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from mpidl import refuse
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.refuse import WRONG as OF_PYTHON
-from mpidl.refuse import told, whole, wrong
+from mpidl.refuse import is_real, told, whole, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,8 +54,7 @@ def flag(what: str, value: Any) -> bool:
 
 def number(what: str, value: Any, least: float = -math.inf) -> float:
     """Return a finite number of `least` or more. Raises InvalidArgument for others."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or value < least:
+    if not is_real(value) or not math.isfinite(value) or value < least:
         expected = "a finite number" + f" from {least:g} on" * (least > -math.inf)
         raise InvalidArgument(f"{what}={told(value)}: expected {expected}")
     return float(value)
@@ -72,9 +70,8 @@ def factors(before: Any, after: Any) -> tuple[float, float, str | None]:
         known = value
         if isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_meta:
             known = value.item()
-        real = isinstance(known, Real) and not isinstance(known, bool)
         with suppress(OverflowError):
-            found.append(float(known) if real else math.nan)
+            found.append(float(known) if is_real(known) else math.nan)
     if len(found) == 2 and not any(map(math.isnan, found)):
         return found[0], found[1], None
     return math.nan, math.nan, f"factors {told(before)} and {told(after)}: expected numbers"

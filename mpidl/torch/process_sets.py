@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from mpidl.errors import InvalidArgument, RankMismatch
-from mpidl.refuse import told
+from mpidl.refuse import is_whole, told
 from mpidl.torch import session as sessions
 from mpidl.torch.arguments import WRONG, ours, wholes
 from mpidl.torch.errors import internal, on_all
@@ -47,8 +46,7 @@ class ProcessSet:
 
     def place(self, rank: int) -> int:
         """Return where in the set a rank of the world is. Raises InvalidArgument if nowhere."""
-        known = isinstance(rank, Integral) and not isinstance(rank, bool)
-        if not known or self.ranks is None or rank not in self.ranks:
+        if not is_whole(rank) or self.ranks is None or rank not in self.ranks:
             raise InvalidArgument(f"root_rank={told(rank)}: expected one of the ranks of {self}")
         return self.ranks.index(rank)
 

@@ -19,6 +19,7 @@ MEDDLING = ("PYTHONDONTWRITEBYTECODE", "COVERAGE_PROCESS")
 
 LEVELS = {
     "array": 0,
+    "clock": 0,
     "cores": 0,
     "config": 0,
     "errors": 0,

@@ -33,7 +33,7 @@ def of(summary: dict[str, Any], config: dict[str, Any] | None = None) -> list[st
         if late is not None:
             found.append(late)
         elif share["wait"] > WAIT_SHARE:
-            told = "now for one rank, now for another: uneven batches, or cores that others use"
+            told = "for one rank, then another: busy cores?"
             found.append((share["wait"], f"{share['wait']:.0%} of the time is waiting, {told}"))
         if share["reduce"] > REDUCE_SHARE:
             found.append((share["reduce"], _reduce(share["reduce"], phases, steps)))
@@ -45,7 +45,7 @@ def of(summary: dict[str, Any], config: dict[str, Any] | None = None) -> list[st
 
 
 def _data(share: float) -> str:
-    return f"{share:.0%} of the time is waiting for data: data.Loader(workers=...) reads ahead"
+    return f"{share:.0%} of the time is waiting for data: data.Loader(workers=2) helps"
 
 
 def _straggler(phases: dict[str, list[float]], config: dict[str, Any]) -> tuple[float, str] | None:
@@ -59,8 +59,8 @@ def _straggler(phases: dict[str, list[float]], config: dict[str, Any]) -> tuple[
     why = max(names, key=lambda name: phases[name][rank] - median(phases[name]))
     hosts = config.get("hosts") or []
     where = f" on {hosts[rank]}" if rank < len(hosts) else ""
-    text = f"rank {rank}{where} is {busy[rank] / usual:.1f} x as slow as the others ({why})"
-    return 1 - usual / busy[rank], f"{text}: they wait for it"
+    text = f"rank {rank}{where} takes {busy[rank] / usual:.1f} x as long as the others ({why})"
+    return 1 - usual / busy[rank], f"{text}"
 
 
 def _reduce(share: float, phases: dict[str, list[float]], steps: int) -> str:

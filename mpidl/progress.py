@@ -151,4 +151,4 @@ class _Bar:
         self.bar.update(self.task, completed=meter.done, state=told, left=left)
 
     def line(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False, markup=False, emoji=False)
+        self.bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

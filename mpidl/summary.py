@@ -68,10 +68,10 @@ def table(summary: dict[str, Any]) -> str:
     many = "" if ranks == 1 else f" on {ranks} ranks"
     console.print(f"{steps:,} steps in {_spent(summary['seconds'])}{many}", highlight=False)
     console.print(grid)
-    memory = f"{amount(max(summary['peak_memory_bytes']))} of memory"
+    memory = f"peak memory {amount(max(summary['peak_memory_bytes']))}"
     if ranks > 1:
         moved = amount(summary["moved_bytes"] / max(1, steps))
-        speed = f"{summary['efficiency']:.0%} of the speed of {ranks} single ranks"
+        speed = f"speed {summary['efficiency']:.0%} of {ranks} single ranks"
         memory = f"{speed}, {moved} moved a step, {memory} a rank"
     console.print(memory, highlight=False)
     for line in summary["advice"][:1]:

@@ -117,9 +117,9 @@ def told(ranks: int = 4, steps: int = 100, **seconds: list[float]) -> dict[str, 
         (
             told(compute=[10.0, 10.0, 20.0, 10.0], wait=[10.0, 10.0, 0.0, 10.0]),
             {"hosts": ["a", "a", "b", "b"]},
-            ["rank 2 on b is 2.0 x as slow as the others (compute): they wait for it"],
+            ["rank 2 on b takes 2.0 x as long as the others (compute)"],
         ),
-        (told(wait=[5.0] * 4), {}, ["33% of the time is waiting, now for one rank"]),
+        (told(wait=[5.0] * 4), {}, ["33% of the time is waiting, for one rank, then another"]),
         (told(reduce=[10.0] * 4), {}, ["50% of the time is averaging: overlap, a codec"]),
         (
             told(reduce=[10.0] * 4, steps=10_000),

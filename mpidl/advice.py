@@ -36,7 +36,8 @@ def of(summary: dict[str, Any], config: dict[str, Any] | None = None) -> list[st
             told = "for one rank, then another: busy cores?"
             found.append((share["wait"], f"{share['wait']:.0%} of the time is waiting, {told}"))
         if share["reduce"] > REDUCE_SHARE:
-            found.append((share["reduce"], _reduce(share["reduce"], phases, steps)))
+            fixed = config.get("bucket_bytes", "auto") != "auto"
+            found.append((share["reduce"], _reduce(share["reduce"], phases, steps, fixed=fixed)))
     cores, threads, here = (config.get(name) for name in ("cores", "threads", "ranks_on_node"))
     if cores and threads and here and threads * here > cores:
         text = f"{here} ranks with {threads} threads each fight for {cores} cores: "
@@ -63,8 +64,10 @@ def _straggler(phases: dict[str, list[float]], config: dict[str, Any]) -> tuple[
     return 1 - usual / busy[rank], f"{text}"
 
 
-def _reduce(share: float, phases: dict[str, list[float]], steps: int) -> str:
+def _reduce(share: float, phases: dict[str, list[float]], steps: int, *, fixed: bool) -> str:
     text = f"{share:.0%} of the time is averaging: "
     if sum(phases["compute"]) / len(phases["compute"]) / steps < SHORT_SECONDS:
         return text + "a larger batch per rank, or fewer ranks"
+    if fixed:
+        return text + 'bucket_bytes="auto" tries several sizes'
     return text + "overlap, a codec, or a larger batch per rank"

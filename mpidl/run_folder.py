@@ -141,7 +141,7 @@ def of_trainer(path: str | Path, trainer: Trainer, asked: dict[str, Any]) -> Run
             "parameters": sum(p.data.size for p in parameters),
             "bytes": sum(p.data.nbytes for p in parameters),
         },
-        "accumulate": trainer.options["accumulate"],
+        **{name: trainer.options[name] for name in ("accumulate", "overlap", "bucket_bytes")},
         "microbatches": trainer.microbatches,
         **asked,
         **trainer.settings,

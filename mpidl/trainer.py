@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mpidl import clock, codecs, data, job_folder, nn, progress, replacement, signals
+from mpidl import clock, codecs, config, data, job_folder, nn, progress, replacement, signals
 from mpidl.array import is_device
 from mpidl.data.batches import size_in
 from mpidl.done import Done
@@ -66,7 +66,7 @@ class Trainer:
         out: folder for what docs/run_folder.md tells of; rank 0 writes, and its word
             counts. In a job MPIDL_OUT is the default of this and `checkpoint`: `job_folder`.
         settings: what else `config.json` is to hold.
-        quiet: show no progress, and no summary of where the time went.
+        quiet: show no progress, and no summary of where the time went. By default MPIDL_QUIET.
         elastic: go on when ranks are killed, with others as `world` and `replica`: `mpidl.elastic`.
     """
 
@@ -96,7 +96,7 @@ class Trainer:
         audit_every: int = 1000,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
-        quiet: bool = False,
+        quiet: bool | None = None,
         elastic: bool = False,
     ) -> None:
         self.world = replacement.own(world or current())
@@ -105,6 +105,7 @@ class Trainer:
         with self.world.together():
             self.metrics = dict(usual if metrics is None else metrics)
             self.settings = dict(settings or {})
+            self.quiet = config.quiet() if quiet is None else bool(quiet)
             elastic = bool(elastic)
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
@@ -125,7 +126,7 @@ class Trainer:
         self.replicate()
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, checkpoint = job_folder.defaults(self.world, out, checkpoint)
-        self.quiet, self.epochs = quiet, 0  #: epochs done so far, in all calls of `fit`
+        self.epochs = 0  #: epochs done so far, in all calls of `fit`
         self._folder: RunFolder | None = None
         self._totals = Totals()
         self.done, self.losses = Done(), LossSum()  #: before this epoch; of its steps, so far

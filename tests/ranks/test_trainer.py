@@ -262,3 +262,33 @@ def test_evaluation_leaves_the_mode_as_it_was(world: mpidl.World, rng: np.random
         assert model.training is mode
     with pytest.raises(InvalidArgument, match="the data set is empty"):
         trainer.evaluate(make_data(rng, 0, "float64"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable"), [(False, "1"), (None, "0"), (True, "0"), (None, "1")]
+)
+def test_who_is_quiet_says_nothing(
+    asked: bool | None,
+    variable: str,
+    world: mpidl.World,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MPIDL_QUIET", variable)
+    loss = nn.cross_entropy
+    trainer = mpidl.Trainer(make_model("float64", 7), loss, optim.SGD(lr=0.1), quiet=asked)
+    trainer.fit(make_data(rng, 30, "float64"), epochs=1, batch_size=10)
+    trainer.close()
+    shown = capsys.readouterr().err
+    quiet = variable == "1" if asked is None else asked
+    assert bool(shown) == (world.rank == 0 and not quiet)
+    assert ("ms a step" in shown) == bool(shown)
+
+
+def test_a_wrong_word_about_quiet_is_told_everywhere(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIDL_QUIET", "yes" if world.rank == world.size - 1 else "0")
+    with pytest.raises(InvalidArgument, match="MPIDL_QUIET='yes': expected one of 0, 1"):
+        mpidl.Trainer(make_model("float64", 7), nn.mse, optim.SGD(lr=0.1))

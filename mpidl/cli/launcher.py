@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpidl import cores, mpi
+from mpidl import config, cores, mpi
 from mpidl.errors import InvalidArgument, MPINotFound
 
 if TYPE_CHECKING:
@@ -180,8 +180,9 @@ def environment(
 ) -> dict[str, str]:
     """Return what to add to the environment of `ranks` ranks on this machine, or on `hosts`.
 
-    Nothing that the user has set is changed. `available` are the cores of a host; by default all
-    are taken to have as many as this one.
+    Nothing that the user has set is changed; what PBS has set is, where ranks would have more
+    threads than there are cores. `available` are the cores of a host; by default all are taken to
+    have as many as this one.
     """
     at_hand = cores.available() if available is None else available
     ranks = max(hosts.values()) if hosts else ranks
@@ -202,7 +203,9 @@ def environment(
             wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
         if os.geteuid() == 0:  # as in a container
             wanted["OMPI_ALLOW_RUN_AS_ROOT"] = wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+    too_many = (config.pbs_threads() or 0) * ranks > cores.available()
+    changed = ("OMP_NUM_THREADS",) if too_many else ()
+    return {k: v for k, v in wanted.items() if k not in os.environ or k in changed}
 
 
 def program(command: list[str], *, module: bool) -> list[str]:
@@ -265,5 +268,4 @@ def _version(launcher: str) -> str:
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without what a launcher adds, so that a child is a job of its own."""
-    added = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "HYDRA_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(added)}
+    return {k: v for k, v in os.environ.items() if not k.startswith(config.TRACES)}

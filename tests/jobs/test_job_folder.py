@@ -58,7 +58,7 @@ def test_a_script_that_says_nothing_goes_on_in_the_folder_of_its_job(tmp_path: P
     assert through.status == 0, through
     stopped = job.run("openmpi", 2, script, "14", MPIDL_OUT=str(run))
     assert stopped.status == 75, stopped
-    assert files(run) == {*WRITTEN, "checkpoints"}
+    assert files(run) == {*WRITTEN, "checkpoints", "again"}
     found = state(run)
     # stopped in the second epoch of 10 batches, of which two make a step
     assert (found["state"], found["epoch"], found["epochs"]) == ("stopped", 2, 3)

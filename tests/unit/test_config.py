@@ -140,3 +140,33 @@ def test_the_folder_of_a_job(
     if value is not None:
         monkeypatch.setenv("MPIDL_OUT", value)
     assert config.out() == folder
+
+
+@pytest.mark.parametrize(
+    ("environment", "user", "allocated"),
+    [
+        ({"OMP_NUM_THREADS": "8"}, 8, None),
+        ({"OMP_NUM_THREADS": "8", "NCPUS": "8"}, 8, None),  # not in a job of PBS
+        ({"PBS_JOBID": "1", "OMP_NUM_THREADS": "8", "NCPUS": "8"}, None, 8),
+        ({"PBS_JOBID": "1", "OMP_NUM_THREADS": "2", "NCPUS": "8"}, 2, None),
+        ({"PBS_JOBID": "1", "NCPUS": "8"}, None, None),
+        (
+            {"PBS_JOBID": "1", "OMP_NUM_THREADS": "8", "NCPUS": "8", "MKL_NUM_THREADS": "3"},
+            3,
+            8,
+        ),
+        ({"SLURM_CPUS_PER_TASK": "4"}, None, 4),
+    ],
+)
+def test_threads_that_pbs_has_set_are_not_the_user_s(
+    environment: dict[str, str],
+    user: int | None,
+    allocated: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    for name in (*of_threads, "NCPUS", "PBS_JOBID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (config.threads(), config.allocated_cores()) == (user, allocated)

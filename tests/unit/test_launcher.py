@@ -85,6 +85,27 @@ def test_settings_of_the_user_are_left_alone(vendor: str, monkeypatch: pytest.Mo
     assert launcher.environment(library(vendor), CORES + 1) == {}
 
 
+@pytest.mark.parametrize(
+    ("threads", "ncpus", "machine", "expected"),
+    [
+        (8, 8, 8, "2"),  # PBS's: all of the host's cores, for each of 4 ranks
+        (2, 2, 8, None),  # of "ompthreads=2": they fit
+        (4, 8, 8, None),  # the user's, who may know
+        (8, 8, 64, None),  # they fit
+    ],
+)
+def test_what_pbs_has_set_is_changed_where_it_is_too_much(
+    threads: int, ncpus: int, machine: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "available", lambda: machine)
+    for name, value in (("PBS_JOBID", "1"), ("NCPUS", ncpus), ("OMP_NUM_THREADS", threads)):
+        monkeypatch.setenv(name, str(value))
+    added = launcher.environment(library("mpich"), 8, {"a": 4, "b": 4}, min(ncpus, machine))
+    assert added.get("OMP_NUM_THREADS") == expected
+    alone = launcher.environment(library("mpich"), 2, {"a": 1, "b": 1}, min(ncpus, machine))
+    assert "OMP_NUM_THREADS" not in alone
+
+
 def test_a_program(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.touch()

@@ -103,6 +103,7 @@ class Trainer:
         best: str | tuple[str, str] | None = None,
         resume: str | Path | bool = "auto",
         audit_every: int = 1000,
+        noise_every: int = 20,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
@@ -113,8 +114,7 @@ class Trainer:
         usual = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
         with self.world.together():
             self.metrics = dict(usual if metrics is None else metrics)
-            self.settings = dict(settings or {})
-            elastic = bool(elastic)
+            self.settings, elastic = dict(settings or {}), bool(elastic)
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
         self.options: dict[str, Any] = {
@@ -129,6 +129,7 @@ class Trainer:
             "accumulate": accumulate,
             "microbatches": microbatches,
             "audit_every": audit_every,
+            "noise_every": noise_every,
         }  #: of `DataParallel`
         self.optimizer, self.microbatches = optimizer, microbatches
         self.replicate()
@@ -219,13 +220,12 @@ class Trainer:
         asked, epochs = epochs, epochs - len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
-        steps = sum(map(len, ahead))
         first = ahead[0] if ahead else batches(0)
         samples = len(first.dataset)
         if not callable(batch_size):
             batch_size = first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        shown = progress.make(steps, shown=self.world.rank == 0 and not self.quiet)
+        shown = progress.make(sum(map(len, ahead)), shown=self.world.rank == 0 and not self.quiet)
         if folder is not None:
             shown = folder.follow(shown, self, ahead)
         with shown, signals.watching() if self.saver is not None else nullcontext():

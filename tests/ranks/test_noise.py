@@ -141,6 +141,11 @@ def test_overlap(strategy: str, clip: Any, world: mpidl.World, own: Any, xp: Any
     made = replica(world, xp, strategy, overlap=True, **clip)
     estimates = []
     for number in range(WATCHED + 5):
+        if number == WATCHED + 2:  # a step that fails when all are averaged
+            made.model(mpidl.tensor(xp.asarray(samples(own, 4)))).backward()
+            with pytest.raises(InvalidArgument, match="samples were counted"):
+                made.step(3)
+            made._forget()
         x = samples(own, rows_of(world, own, number))
         step(made, x, xp)
         sizes, means = gathered(world, [x])

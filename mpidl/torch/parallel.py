@@ -206,6 +206,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
                 group_bytes=None if asked.bucket_bytes == "auto" else at_once,
                 asked=asked.overlap is True,
                 keeps=True,
+                noise=self.noise,
             )
 
     def leave(self) -> None:

@@ -189,79 +189,90 @@ def advice(
 ) -> list[str]:
     """Return what a record of `NoiseScale` tells, in lines of up to 80 columns; none of None.
 
-    With B samples an update takes S (1 + N / B) updates and S (N + B) samples to come to a loss,
-    for the noise scale N and some number S: at B = N twice the fewest of both (McCandlish et al.,
-    sections 2.3 and 2.4). The best rate of SGD is in proportion to 1 / (1 + N / B) there; by Smith
-    and Le 2018, "A Bayesian Perspective on Generalization and Stochastic Gradient Descent", the
-    noise of SGD is g = lr (samples / B - 1), and a batch that changes keeps it by its rate.
+    To come to a loss by batches of B samples takes (1 + N / B) times the fewest updates possible,
+    and (1 + B / N) times the fewest samples, for the noise scale N: at B = N twice of both
+    (McCandlish et al., section 2.3). The best rate of SGD is in proportion to 1 / (1 + N / B)
+    there. By Smith and Le 2018, "A Bayesian Perspective on Generalization and Stochastic Gradient
+    Descent", what SGD has of noise is g = lr (samples / B - 1): another batch keeps it by its rate.
 
     Args:
         record: of a line of metrics.jsonl, too.
         lr: the rate now.
-        samples: of the training set.
+        samples: of the training set, which no batch exceeds.
     """
     if record is None:
         return []
     scale, batch = float(record["scale"]), float(record["batch"])
-    estimates = int(record["estimates"])
-    ratio = scale / batch
+    estimates, ratio = int(record["estimates"]), scale / batch
     b, n = _number(batch), _number(scale, 2)
+    if not ratio > 0:
+        return [f"batch {b}: its samples have the same gradient: more ranks bring nothing"]
     if ratio == math.inf:
         lines = [f"batch {b}: noise hides the gradient: more ranks, or a larger batch, would pay"]
-    elif not ratio > 0:
-        lines = [f"batch {b}: its samples have the same gradient: more ranks bring nothing"]
-    elif ratio >= 2:
+    elif samples is not None and ratio >= 2 and scale > samples:
         lines = [
-            f"noise scale {n} samples, batch {b}: up to {ratio:,.0f} x more ranks would still pay",
-            f"at batch {n}: {_number((1 + ratio) / 2, 2)} x fewer updates, "
-            f"{2 / (1 + 1 / ratio):.1f} x as many samples, for the same loss",
+            f"noise scale {n} samples, more than the {_number(samples)} there are: "
+            "a larger batch pays"
+        ]
+    elif ratio >= 2:
+        times = f"up to {ratio:.0f}" if ratio < 100 else "over 100"
+        lines = [
+            f"noise scale {n} samples, batch {b}: {times} x more ranks would still pay",
+            f"at batch {n}: {_change(scale, batch, scale)}",
         ]
     elif ratio > 0.5:
         lines = [
-            f"batch {b} is about the noise scale, {n} samples: few updates, few samples",
-            f"twice the ranks: {(1 + ratio) / (1 + ratio / 2):.2f} x fewer updates, "
-            f"{(1 + 2 / ratio) / (1 + 1 / ratio):.2f} x as many samples, for the same loss",
+            f"batch {b} is about the noise scale, {n} samples: time and samples balance",
+            f"twice the ranks: {_change(scale, batch, 2 * batch)}",
         ]
     else:
-        lines = [
-            f"batch {b} is {_number(1 / ratio, 2)} x the noise scale: more ranks bring little",
-            f"at batch {n}: {_number((1 + 1 / ratio) / 2, 2)} x fewer samples, "
-            f"{2 / (1 + ratio):.1f} x as many updates, for the same loss",
-        ]
-    lines += _rate(ratio, batch, lr, samples)
+        lines = [f"batch {b} is {_number(1 / ratio, 2)} x the noise scale: more ranks bring little"]
+        if batch > 1:
+            other = float(max(round(scale), 1))
+            lines.append(f"at batch {_number(other, 2)}: {_change(scale, batch, other)}")
+    lines += _rate(scale, batch, lr, samples)
     if estimates < FEW:
         lines.append(f"a first guess, from {estimates} estimate{'s' * (estimates > 1)}")
     return lines
 
 
-def _rate(ratio: float, batch: float, lr: float | None, samples: int | None) -> list[str]:
-    """Return how the rate goes with the batch: towards the noise scale."""
-    if not ratio > 0:
-        return []
+def _change(scale: float, batch: float, other: float) -> str:
+    """Return what another batch would change."""
+    updates = (1 + scale / batch) / (1 + scale / other)
+    samples = (1 + other / scale) / (1 + batch / scale)
+    fewer, more = _number(updates, 2), _number(samples, 2)
+    if other > batch:
+        return f"{fewer} x fewer updates, {more} x as many samples to a loss"
+    fewer, more = _number(1 / samples, 2), _number(1 / updates, 2)
+    return f"{fewer} x fewer samples, {more} x as many updates to a loss"
+
+
+def _rate(scale: float, batch: float, lr: float | None, samples: int | None) -> list[str]:
+    """Return how the rate goes with the batch, when that goes towards the noise scale."""
+    ratio = scale / batch
     other = batch * 2 if ratio > 0.5 else batch / 2
-    if lr and samples and samples > max(batch, other) and other >= 1:
+    if lr and samples and samples > max(batch, other):
         g = lr * (samples / batch - 1)
         kept = g / (samples / other - 1)
         return [
-            f"g = lr (N/B - 1) = {g:.2g} at rate {lr:.3g}: "
-            f"batch {_number(other)} keeps it at {kept:.3g}"
+            f"SGD noise g = lr (N/B - 1) = {g:.2g}: batch {_number(other)} keeps it "
+            f"with rate {kept:.3g}"
         ]
     if ratio <= 0.5:
         return []
     if ratio == math.inf:
         return ["rate of SGD: 2 x at twice the batch"]
     more = (1 + ratio) / (1 + ratio / 2)
-    most = _number(1 + ratio, 2)
-    return [f"rate of SGD: {more:.2f} x at twice the batch, {most} x at most, at any"]
+    return [f"rate of SGD: {more:.2g} x at twice the batch, never above {_number(1 + ratio, 2)} x"]
 
 
 def _number(value: float, digits: int | None = None) -> str:
     """Return a number in few characters: of so many digits, or, but for large ones, of all."""
-    for factor, unit in ((1e9, " G"), (1e6, " M")):
-        if value >= factor:
+    for least, factor, unit in ((1e9, 1e9, " G"), (1e6, 1e6, " M"), (1e5, 1e3, " k")):
+        if value >= 0.9995 * least:
             return f"{value / factor:.3g}{unit}"
     if digits is not None and value > 0:
+        value = float(f"{value:.{digits}g}")
         places = digits - 1 - math.floor(math.log10(value))
-        value = round(value, places)
-        return f"{value:,.{max(places, 0)}f}"
+        return f"{value:,.{max(places, 0)}f}" if value >= 1 else f"{value:.{digits}g}"
     return f"{value:,.6g}"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpidl.bucket import Bucket
     from mpidl.buffers import BufferMean
     from mpidl.errors import MpidlError
+    from mpidl.noise import NoiseScale
     from mpidl.world import World
 
 
@@ -34,7 +35,9 @@ class Microbatches:
         buckets: Sequence[Bucket],
         partials: Callable[[Array], list[Array]],
         means: BufferMean,
+        noise: NoiseScale,
     ) -> None:
+        self._noise, self._grads = noise, [flat.grad for flat in buckets]
         self.tree = tree = Tree.of(number, world)
         self.mine = tree.ranges[world.rank]  #: the microbatches that this rank computes, in turn
         self.unit = 0.0  #: samples; the same on all ranks. 0: that of the first to come
@@ -67,6 +70,7 @@ class Microbatches:
         if not self.unit:
             self.unit = self._world.broadcast(samples, self.tree.holder(0)) or 1.0
         self.means.take()
+        self._noise.take(samples, self._grads, first=not self.passes)
         self._problem = self._problem or problem
         self._samples += samples
         self.passes += 1

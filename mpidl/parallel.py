@@ -16,6 +16,7 @@ from mpidl.buffers import BufferMean, average_over_ranks, of_floats
 from mpidl.errors import MissingBackward, MpidlError
 from mpidl.local_steps import LocalSteps
 from mpidl.microbatches import Microbatches
+from mpidl.noise import NoiseScale
 from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
@@ -80,6 +81,7 @@ class DataParallel:
         audit_every: in every so many updates, see whether all ranks have the same parameters, bit
             by bit, and finite ones; 0 for never. With `local_steps` after they were averaged. Not
             with an asynchronous strategy. `audit.look` does it at once.
+        noise_every: in every so many updates, estimate the gradient `noise` scale; 0 for never.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class DataParallel:
         overlap: bool | str = "auto",
         bucket_bytes: int | str = "auto",
         audit_every: int = 1000,
+        noise_every: int = 20,
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
@@ -122,6 +125,7 @@ class DataParallel:
             microbatches=microbatches,
             local_steps=local_steps,
             audit_every=audit_every,
+            noise_every=noise_every,
             overlap=overlap,
             bucket_bytes=bucket_bytes,
         )
@@ -151,23 +155,25 @@ class DataParallel:
         self.strategy = self.choice.strategy
         at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
         self.buckets = bucket.allocate(arrays, self.strategy, at_once, group_of)
-        self._accumulation: Accumulation | Microbatches | None = None
-        self.microbatches: Microbatches | None = None  #: with that option
-        if accumulate > 1:
-            self._accumulation = Accumulation(self.buckets, accumulate)
         self._placement = Placement(model, self.world, self.strategy, self.buckets)
-        if microbatches is not None:  # after rank 0's buffers have come to all
-            means = BufferMean(lambda: of_floats(model), self.strategy)
-            self._accumulation = self.microbatches = Microbatches(
-                microbatches, self.world, self.buckets, self.choice.partials, means
-            )
-        self.audit = Audit(self.world, self.strategy, self.buckets, self._frozen, audit_every)
         self._local = (
             None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
         )
         group = self._local or self
+        by_pass = accumulate > 1 or microbatches is not None
+        self.noise = NoiseScale(noise_every, group, self.buckets, by_pass=by_pass)
+        self._accumulation: Accumulation | Microbatches | None = None
+        self.microbatches: Microbatches | None = None  #: with that option
+        if accumulate > 1:
+            self._accumulation = Accumulation(self.buckets, accumulate, self.noise)
+        if microbatches is not None:  # after rank 0's buffers have come to all
+            means = BufferMean(lambda: of_floats(model), self.strategy)
+            self._accumulation = self.microbatches = Microbatches(
+                microbatches, self.world, self.buckets, self.choice.partials, means, self.noise
+            )
+        self.audit = Audit(self.world, self.strategy, self.buckets, self._frozen, audit_every)
         kind = AsynchronousUpdate if self._asynchronous else Update
-        self.update = kind(group.world, group.strategy, self.buckets, optimizers, clip)
+        self.update = kind(group.world, group.strategy, self.buckets, optimizers, clip, self.noise)
         self.states = self.update.states  #: the optimizer's, of each bucket's owned part
         self._count = count = RowCount(model)
         self._overlap: Overlap | None = None
@@ -181,6 +187,7 @@ class DataParallel:
                 lambda: count.rows,
                 group_bytes=None if bucket_bytes == "auto" else at_once,
                 asked=overlap is True,
+                noise=self.noise,
             )
 
     def step(self, weight: float | None = None) -> None:
@@ -202,7 +209,9 @@ class DataParallel:
         """
         problem: MpidlError | None = None
         try:
-            weight = self._weigh(weight)
+            weight = self._placement.weigh(
+                f"step {self.steps}", weight, self._count, self._overlap, self.check_finite
+            )
         except MpidlError as error:
             problem, weight = error, 0.0
         if self._accumulation is None:
@@ -258,6 +267,7 @@ class DataParallel:
             if total == 0:
                 world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
         unit = weight if self.microbatches is None else self.microbatches.unit
+        self.noise.samples = total
         try:
             if total:
                 self.update.make(unit / total, self.steps, averaged=averaged)
@@ -338,13 +348,3 @@ class DataParallel:
         self.buckets.clear()
         self.states.clear()
         self._accumulation = None
-
-    def _weigh(self, weight: float | None) -> float:
-        """Return this rank's weight, its gradients being in order and complete; or raise."""
-        step = f"step {self.steps}"
-        self._placement.check(step)
-        have = any(p.grad is not None for p in self.parameters.values())
-        weight = self._count.weight(weight, step, gradients=have)
-        begun = self._overlap is not None and self._overlap.begun
-        self._placement.complete(step, counts=bool(weight) or begun, finite=self.check_finite)
-        return weight

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.bucket import Bucket
     from mpidl.nn import Module
+    from mpidl.overlap import Overlap
+    from mpidl.row_count import RowCount
     from mpidl.strategies import Strategy
     from mpidl.world import World
 
@@ -109,6 +111,25 @@ class Placement:
         problem = self.problem(step)
         if problem is not None:
             raise problem
+
+    def weigh(
+        self,
+        step: str,
+        weight: float | None,
+        count: RowCount,
+        overlap: Overlap | None,
+        finite: bool,
+    ) -> float:
+        """Return this rank's weight, its gradients being in order and complete; or raise.
+
+        Those whose average has begun count. See `complete`.
+        """
+        begun = overlap is not None and overlap.begun
+        self.check(step)
+        have = any(p.grad is not None for p in self._trained.values())
+        weight = count.weight(weight, step, gradients=have)
+        self.complete(step, counts=bool(weight) or begun, finite=finite)
+        return weight
 
     def complete(self, step: str, *, counts: bool, finite: bool) -> None:
         """Give every parameter a gradient: 0 where it has no part in the loss, or none `counts`.

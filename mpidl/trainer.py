@@ -94,6 +94,7 @@ class Trainer:
         best: str | tuple[str, str] | None = None,
         resume: str | Path | bool = "auto",
         audit_every: int = 1000,
+        noise_every: int = 20,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool | None = None,
@@ -121,6 +122,7 @@ class Trainer:
             "accumulate": accumulate,
             "microbatches": microbatches,
             "audit_every": audit_every,
+            "noise_every": noise_every,
         }  #: of `DataParallel`
         self.optimizer, self.microbatches = optimizer, microbatches
         self.replicate()
@@ -214,13 +216,12 @@ class Trainer:
         asked, epochs = epochs, epochs - len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
-        steps = sum(map(len, ahead))
         first = ahead[0] if ahead else batches(0)
         samples = len(first.dataset)
         if not callable(batch_size):
             batch_size = first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        meter = Meter(steps, lambda: self.losses)
+        meter = Meter(sum(map(len, ahead)), lambda: self.losses)
         shown = progress.make(meter, shown=self.world.rank == 0 and not self.quiet)
         if folder is not None:
             shown = folder.follow(shown, self, ahead, meter)
@@ -245,7 +246,7 @@ class Trainer:
                 history.append(result)
                 shown.line(progress.line(result, self.epochs - len(history) + asked))
                 if folder is not None:
-                    folder.write_epoch(result, lapped, begun, None)
+                    folder.write_epoch(result, lapped, begun, self.replica.noise.record())
                 self.done.history.append(asdict(result))
                 for saver in self._savers:
                     saver.after_epoch(result)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array, Averages
     from mpidl.bucket import Bucket
+    from mpidl.noise import NoiseScale
     from mpidl.optim import Optimizer
     from mpidl.optim.clip import Clip
     from mpidl.strategies import Strategy
@@ -37,7 +38,9 @@ class Update:
         buckets: Sequence[Bucket],
         optimizers: Sequence[Optimizer],
         clip: Clip,
+        noise: NoiseScale,
     ) -> None:
+        self.noise = noise
         self.world, self.strategy, self.buckets = world, strategy, buckets
         self.optimizers, self.clip = optimizers, clip
         self._owned = [strategy.owned(flat.param.size) for flat in buckets]
@@ -61,10 +64,13 @@ class Update:
         """
         publishes = not averaged
         norm_first, factor = self.clip.norm is not None, 1.0
+        self._begin_noise(weight, averaged=averaged)
         if norm_first and not averaged:  # it is over all buckets
             grads = [flat.grad for flat in self.buckets]
             for i, part, mean in self.strategy.stream(grads, weight):
                 grads[i][part] = mean
+                if self.noise.due:
+                    self.noise.mean(i, mean, part.start)
                 self.world.mark.progress += 1
             averaged = True
         if norm_first:
@@ -74,21 +80,43 @@ class Update:
             owned, optimizer = self._owned[i], self.optimizers[flat.group]
             param, grad = flat.param[owned], flat.grad[owned]
             means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
-            averages = self._blocks(means, owned.start, factor)
+            looks = self.noise.due and not averaged
+            averages = self._blocks(means, owned.start, factor, i if looks else None)
             clock.switch(clock.UPDATE)
             optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
             check_used(optimizer, averages)
             clock.switch(clock.REDUCE)
             if publishes:
                 self.strategy.share(flat.param)
+        self.noise.end()
 
     def synchronize(self) -> None:
         """Nothing to do, unlike with `AsynchronousUpdate`: all ranks are in step."""
 
     restart = close = synchronize
 
-    def _blocks(self, means: Iterable[tuple[slice, Array]], start: int, factor: float) -> Averages:
-        """Cut the means into blocks, and clip them; slices count from `start` on."""
+    def _begin_noise(self, weight: float, *, averaged: bool) -> None:
+        """Take the squares of this rank's gradients, or of the means where these are there."""
+        noise = self.noise
+        if not noise.due:
+            return
+        if averaged:
+            for i, (flat, owned) in enumerate(zip(self.buckets, self._owned, strict=True)):
+                noise.mean(i, flat.grad[owned], owned.start)
+        elif not noise.by_pass:
+            noise.take(weight * noise.samples, [flat.grad for flat in self.buckets])
+
+    def _blocks(
+        self,
+        means: Iterable[tuple[slice, Array]],
+        start: int,
+        factor: float,
+        number: int | None = None,
+    ) -> Averages:
+        """Cut the means into blocks, and clip them; slices count from `start` on.
+
+        With the `number` of the bucket their squares are taken before.
+        """
         clips = factor != 1 or self.clip.bounds_late
         clock.switch(clock.REDUCE)
         for part, mean in means:
@@ -97,6 +125,8 @@ class Update:
             self.world.mark.progress += 1
             for block in blocks(mean, UPDATE_BLOCK_BYTES):
                 piece = mean[block]
+                if number is not None:
+                    self.noise.mean(number, piece, part.start + block.start)
                 if clips:
                     self.clip.finish(piece, factor)
                 yield slice(first + block.start, first + block.stop), piece

@@ -15,7 +15,7 @@ from tests.conftest import ALL
 CORE = ("average", "hierarchical", "parallel", "strategies", "world")
 MORE = (
     *(*CORE, "adasum", "asynchronous", "batch_norm", "codecs_training", "collectives"),
-    *("audit", "exchange", "local_steps", "microbatches", "overlap"),
+    *("audit", "exchange", "local_steps", "microbatches", "noise", "overlap"),
     *("publishing", "scaling", "shared", "trainer"),
 )
 EVERYTHING = {("openmpi", 1), ("openmpi", 2)}

@@ -75,6 +75,7 @@ LEVELS = {
     "evaluation": 4,
     "weigh": 4,
     "microbatches": 4,
+    "noise": 3,
     "arguments": 4,
     "audit": 4,
     "asynchronous": 4,

@@ -141,8 +141,8 @@ def test_dry_run_shows_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     result = CliRunner().invoke(app, [*arguments, "-n", "5"])
     assert result.exit_code == 0
     assert result.stdout == (
-        "env OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 MPIDL_QUIET=1 /opt/bin/mpiexec -n 2 --hosts 'x y' "
-        f"{sys.executable} -m mpi4py '{script}' -n 5\n"
+        "env OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 MPIDL_QUIET=1 /opt/bin/mpiexec -n 2 "
+        f"--hosts 'x y' {sys.executable} -m mpi4py '{script}' -n 5\n"
     )
 
 

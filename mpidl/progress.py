@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mpidl.done import Done
+    from mpidl.history import Epoch
     from mpidl.strategies import Choice
-    from mpidl.trainer import Epoch
     from mpidl.world import World
 
 LINE_SECONDS = 5.0  # between two lines of a log file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from mpidl.data.batches import size_in
 from mpidl.done import Done
 from mpidl.errors import InvalidArgument, NonFinite
 from mpidl.evaluation import batch_of, mean_of, means
+from mpidl.history import Epoch, History
 from mpidl.loss_sum import LossSum
 from mpidl.parallel import DataParallel
 from mpidl.refuse import whole
@@ -36,18 +37,6 @@ if TYPE_CHECKING:
 
     Loss = Callable[[Tensor, Array], Tensor]
     Metric = Callable[[Tensor, Array], float | Tensor]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch came to; the same on every rank."""
-
-    epoch: int  #: from 1
-    steps: int  #: since the trainer was made
-    loss: float  #: of training: mean over the samples, each taken before its own update
-    metrics: dict[str, float]  #: of the samples given as `evaluate`; "loss" among them
-    seconds: float  #: spent in training steps, on the slowest rank
-    samples_per_second: float  #: of all ranks together
 
 
 class Trainer:
@@ -163,7 +152,7 @@ class Trainer:
         evaluate: Dataset | None = None,
         seed: int = 0,
         shuffle: bool = True,
-    ) -> list[Epoch]:
+    ) -> History:
         """Train for `epochs` epochs with global batches of `batch_size` samples. Collective.
 
         `batch_size` may be a function of the epoch, from 0 on, such as `schedules.growing_batch`.
@@ -188,7 +177,7 @@ class Trainer:
         evaluate: Dataset | None,
         seed: int,
         shuffle: bool,
-    ) -> list[Epoch]:
+    ) -> History:
         """Do what `fit` is asked for, as far as it is not done. Collective."""
         with self.world.together():
             whole("epochs", epochs)
@@ -215,7 +204,7 @@ class Trainer:
                 microbatches=self.microbatches,
             )
 
-        history = [Epoch(**done) for done in self.done.take(epochs)]  # is not done again
+        history = History(Epoch(**done) for done in self.done.take(epochs))  # is not done again
         asked, epochs = epochs, epochs - len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]

@@ -20,6 +20,7 @@ from mpidl import config
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from mpidl.data import Batches
@@ -36,6 +37,9 @@ class RunFolder:
     The files of an earlier run in the same folder are kept, as `config.json.1` and so on.
     Collective: each rank tells its host, and if rank 0 cannot write, every rank raises.
     """
+
+    #: Each gets what `write` is given, on the rank that writes.
+    listeners: Sequence[Callable[[dict[str, Any]], None]] = ()
 
     def __init__(self, path: str | Path, world: World, settings: dict[str, Any]) -> None:
         self.path = Path(path)
@@ -68,6 +72,8 @@ class RunFolder:
         if self.writes:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record, default=_plain) + "\n")
+            for listener in self.listeners:
+                listener(record)
 
     def follow(self, shown: Progress, trainer: Trainer, ahead: list[Batches]) -> Progress:
         """Return `shown`, on rank 0 also written to state.json, for the epochs `ahead`."""

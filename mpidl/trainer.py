@@ -19,6 +19,7 @@ from mpidl.history import Epoch, History
 from mpidl.loss_sum import LossSum
 from mpidl.parallel import DataParallel
 from mpidl.refuse import whole
+from mpidl.tensorboard import TensorBoard
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Trainer:
             counts. In a job MPIDL_OUT is the default of this and `checkpoint`: `job_folder`.
         settings: what else `config.json` is to hold.
         quiet: show no progress.
+        tensorboard: write events to OUT/tensorboard too, by tensorboardX; `trainer.tensorboard`
+            takes images and the like of your own, on every rank: `mpidl.tensorboard.TensorBoard`.
         elastic: go on when ranks are killed, with others as `world` and `replica`: `mpidl.elastic`.
     """
 
@@ -95,6 +98,7 @@ class Trainer:
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
+        tensorboard: bool = False,
         elastic: bool = False,
     ) -> None:
         self.world = replacement.own(world or current())
@@ -129,6 +133,7 @@ class Trainer:
         self.saver: Saver | None = None
         self.memory: Saver | None = None  #: of snapshots, with `elastic`
         self.begins = False  #: whether `memory` has none of this `fit`
+        self.tensorboard = TensorBoard(self, tensorboard)
         if checkpoint is not None:
             from mpidl.checkpoint.saver import Saver  # its imports are slow, and few runs need them
 
@@ -217,6 +222,7 @@ class Trainer:
         shown = progress.make(steps, shown=self.world.rank == 0 and not self.quiet)
         if folder is not None:
             shown = folder.follow(shown, self, ahead)
+            folder.listeners = self.tensorboard.follow()
         with shown, signals.watching() if self.saver is not None else nullcontext():
             if not self.epochs or self.done.told:
                 shown.line(progress.introduction(self.world, self.replica.choice, self.done))
@@ -312,6 +318,7 @@ class Trainer:
             self._elastic.close()
         if self.saver is not None:
             self.saver.checkpoints.close()
+        self.tensorboard.close()
         self.replica.close()
 
     @property

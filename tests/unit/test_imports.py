@@ -86,6 +86,8 @@ LEVELS = {
     "replacement": 4,
     "server": 4,
     "run_folder": 4,
+    "tensorboard": 4,
+    "tensorboard_graph": 4,
     "trainer": 4,
     "update": 4,
     "survivable": 4,

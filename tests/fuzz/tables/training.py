@@ -124,7 +124,8 @@ def a_trainer() -> Given:
         overlap="auto", bucket_bytes="auto", metrics={"accuracy": nn.accuracy}, check_finite=False,
         clip_norm=None, clip_value=None, accumulate=1, microbatches=None, checkpoint=None,
         checkpoint_every=None, keep=3, best=None, resume=False, audit_every=10, out=None,
-        settings=None, quiet=True, elastic=False)._replace(then=closed)  # fmt: skip
+        settings=None, quiet=True, tensorboard=False,
+        elastic=False)._replace(then=closed)  # fmt: skip
 
 
 TABLE: dict[str, Callable[[], Given]] = {

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, SupportsIndex, overload
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
+from mpidl.errors import DataError
 from mpidl.markup import table
+from mpidl.refuse import refuses
+
+if TYPE_CHECKING:
+    import os
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,20 @@ class Epoch:
 
 class History(list[Epoch]):
     """One `Epoch` each, in a list: equal to any list of the same; a part of it is a history too."""
+
+    @classmethod
+    @refuses
+    def read(cls, folder: str | os.PathLike[str]) -> History:
+        """Return the epochs in the metrics.jsonl of a run folder, also while the run goes on.
+
+        Raises DataError where there is none, or a line is no epoch's.
+        """
+        path = Path(folder) / "metrics.jsonl"
+        try:
+            *lines, _ = path.read_text().split("\n")  # what has no end yet is being written
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+        return cls(found for i, line in enumerate(lines) if (found := _epoch(path, i, line)))
 
     @overload
     def __getitem__(self, key: SupportsIndex) -> Epoch: ...
@@ -46,6 +67,19 @@ class History(list[Epoch]):
         names = list(dict.fromkeys(name for epoch in self for name in epoch.metrics))
         head = ("epoch", "steps", "loss", *(f"test {name}" for name in names), "seconds")
         return table((*head, "samples/s"), (_cells(epoch, names) for epoch in self))
+
+
+def _epoch(path: Path, number: int, line: str) -> Epoch | None:
+    try:
+        record = json.loads(line)
+        if record.get("kind", "epoch") != "epoch":
+            return None
+        made = {field.name: record[field.name] for field in fields(Epoch)}
+        made["loss"] = float(made["loss"])  # "nan", where it is no number
+        made["metrics"] = {name: float(value) for name, value in made["metrics"].items()}
+        return Epoch(**made)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path}, line {number + 1}: expected an epoch: {error}") from error
 
 
 def _cells(epoch: Epoch, names: list[str]) -> tuple[str, ...]:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import pickle
 import re
+from dataclasses import asdict
 from html import unescape
+from typing import TYPE_CHECKING
+
+import pytest
 
 import mpidl
 from mpidl import Epoch, History, nn
+from mpidl.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def epoch(number: int, **metrics: float) -> Epoch:
@@ -46,6 +56,29 @@ def test_how_it_looks() -> None:
     ]
     assert "<b>" not in history._repr_html_()
     assert cells(History()._repr_html_()) == [["epoch", "steps", "loss", "seconds", "samples/s"]]
+
+
+def test_a_run_folder_is_read(tmp_path: Path) -> None:
+    made = [epoch(1, accuracy=0.5), epoch(2, accuracy=0.75)]
+    lines = [json.dumps(asdict(e)) for e in made]
+    lines[1:1] = ['{"kind": "steps", "step": 12, "loss": 0.5}']
+    lines[2] = json.dumps({"kind": "epoch", "phases": {}, **asdict(made[1])})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert History.read(tmp_path) == made and type(History.read(str(tmp_path))) is History
+
+    lost = {**asdict(made[0]), "loss": "nan", "metrics": {"loss": "inf"}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lost) + '\n{"kind": ')
+    (found,) = History.read(tmp_path)
+    assert math.isnan(found.loss) and found.metrics == {"loss": math.inf}
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"kind": "epoch", "loss": {}}'])
+def test_what_is_no_run_folder(line: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*metrics"):
+        History.read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match="line 1: expected an epoch"):
+        History.read(tmp_path)
 
 
 class Odd(nn.Module):

@@ -94,6 +94,15 @@ def stored() -> Path:
     return folder
 
 
+def run() -> Path:
+    folder = FOLDER / "run"
+    if not folder.exists():
+        made = trainer(out=folder)
+        made.fit(dataset(), 1, 4)
+        made.close()
+    return folder
+
+
 def loading(function: Callable[[Any], Any]) -> Given:
     made = replica()
     return closing(given(function(made), stored(), fallback=False)._replace(kept=1), made)
@@ -136,6 +145,7 @@ TABLE: dict[str, Callable[[], Given]] = {
     "checkpoint:load": lambda: loading(lambda made: made),
     "checkpoint:restore": lambda: loading(EngineState),
     "checkpoint:save": writing,
+    "history:History.read": lambda: given(run()),
     "onnx:export_onnx": lambda: given(
         nn.Linear(3, 2), FOLDER / "model.onnx", array(2, 3), dynamic_batch=True
     ),

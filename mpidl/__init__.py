@@ -10,7 +10,7 @@ from mpidl import autograd, data, errors, functional, nn, optim, signals, strate
 from mpidl.autograd import Tensor, no_grad, tensor
 from mpidl.average import average
 from mpidl.errors import MpidlError
-from mpidl.history import Epoch
+from mpidl.history import Epoch, History
 from mpidl.onnx import export_onnx
 from mpidl.parallel import DataParallel
 from mpidl.trainer import Trainer
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataParallel",
     "Epoch",
+    "History",
     "MpidlError",
     "Tensor",
     "Trainer",

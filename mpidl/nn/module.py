@@ -211,6 +211,11 @@ class Module:
 
         return summarize(self, example)
 
+    def _repr_html_(self) -> str:
+        from mpidl.nn.summary import modules_table
+
+        return modules_table(self)
+
     def arguments(self) -> str:
         """Return what `repr` shows in parentheses; "" by default."""
         return ""

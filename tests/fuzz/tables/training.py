@@ -94,6 +94,15 @@ def stored() -> Path:
     return folder
 
 
+def run() -> Path:
+    folder = FOLDER / "run"
+    if not folder.exists():
+        made = trainer(out=folder)
+        made.fit(dataset(), 1, 4)
+        made.close()
+    return folder
+
+
 def loading(function: Callable[[Any], Any]) -> Given:
     made = replica()
     return closing(given(function(made), stored(), fallback=False)._replace(kept=1), made)
@@ -125,7 +134,8 @@ def a_trainer() -> Given:
         overlap="auto", bucket_bytes="auto", metrics={"accuracy": nn.accuracy}, check_finite=False,
         clip_norm=None, clip_value=None, accumulate=1, microbatches=None, checkpoint=None,
         checkpoint_every=None, keep=3, best=None, resume=False, audit_every=10, noise_every=1,
-        out=None, settings=None, quiet=True, elastic=False)._replace(then=closed)  # fmt: skip
+        out=None, settings=None, quiet=True, tensorboard=False,
+         elastic=False)._replace(then=closed)  # fmt: skip
 
 
 TABLE: dict[str, Callable[[], Given]] = {
@@ -136,6 +146,7 @@ TABLE: dict[str, Callable[[], Given]] = {
     "checkpoint:load": lambda: loading(lambda made: made),
     "checkpoint:restore": lambda: loading(EngineState),
     "checkpoint:save": writing,
+    "history:History.read": lambda: given(run()),
     "onnx:export_onnx": lambda: given(
         nn.Linear(3, 2), FOLDER / "model.onnx", array(2, 3), dynamic_batch=True
     ),

@@ -1,4 +1,4 @@
-"""The code of docs/ is whole, and runs on 2 ranks: that of all pages in one job, to start it once."""
+"""The code of docs/ is whole, and runs on 2 ranks: that of all pages in one job."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MODELS = ("wide", "mlp", "cnn", "transformer")
 METHODS = (
-    *("local", *own(), "auto", "microbatches", "hierarchical_blocking"),
+    *("local", *own(), "auto", "microbatches", "noise", "hierarchical_blocking"),
     *("torch_local", "ddp", "horovod"),
 )
 TORCH_METHODS = ("local", *own(), "auto", "ddp", "horovod")

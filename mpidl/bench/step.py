@@ -19,6 +19,7 @@ METHODS = (
     *("local", *own(), "auto", "microbatches", "hierarchical_blocking"),
     *("torch_local", "ddp", "horovod"),
 )
+KNOWN = (*METHODS, "noise")  # which is measured only if asked for
 TORCH_METHODS = ("local", *own(), "auto", "ddp", "horovod")
 FRAMEWORKS = {
     "mpidl": (*MODELS, "deep"),
@@ -58,7 +59,7 @@ def run(
             module, ranks, hosts, models=models, turns=turns, methods=methods, samples=samples
         )
         return {**report, "memory": []}
-    check_names("method", methods or [], METHODS)
+    check_names("method", methods or [], KNOWN)
     module = "mpidl.bench.step_ranks"
     options: dict[str, Any] = {"turns": turns, "methods": methods, "codecs": codecs}
     options["samples"] = samples

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BLOCKING = "hierarchical_blocking"
 MICROBATCHES = "microbatches"  # one of each rank: the same bits on fewer
+NOISE = "noise"  # its scale, estimated in each step
 #: In a row: until then `DataParallel` finds out what to average at once, and whether it pays.
 STEPS_OF_OVERLAP = WATCHED + MEASURED + TRIED
 EPS = float(np.finfo(np.float32).eps)
@@ -42,7 +43,8 @@ def measure(
 
     `methods`, by default all, are measured besides those that they are compared with. `samples`
     make a global batch, in parts as equal as can be; by default each rank has the model's own.
-    "microbatches" is "hierarchical" with as many as there are ranks. With more than one node,
+    "microbatches" is "hierarchical" with as many as there are ranks; "noise", only if asked for,
+    estimates the noise scale in each step, and not in one of 20. With more than one node,
     "hierarchical" is measured without overlap and with each of `codecs`, too, and "unchecked" tells
     which of these were not compared with the mean, and why.
     """
@@ -70,6 +72,8 @@ def measure(
     variants = dict(between_nodes)
     if methods is None or MICROBATCHES in methods:
         variants[MICROBATCHES] = {"microbatches": world.size}
+    if methods is not None and NOISE in methods:
+        variants[NOISE] = {"noise_every": 1}
     alone = World.of(world.MPI, world.MPI.COMM_SELF)
     report: list[dict[str, Any]] = []
     for name in models:

@@ -120,7 +120,7 @@ def step(
         ),
     ] = "",
     methods: Annotated[
-        str, typer.Option(help=f"Only these, of {', '.join(step_bench.METHODS)}.")
+        str, typer.Option(help=f"Only these, of {', '.join(step_bench.KNOWN)}.")
     ] = "",
     codecs: Annotated[
         str, typer.Option(help="Also hierarchical with these, between nodes: bf16,powersgd.")

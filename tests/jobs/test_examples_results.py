@@ -49,6 +49,7 @@ EXAMPLES = {
     "char_transformer": Example(("--epochs", "20", "--batch-size", "16"), last=1e-3),
 }
 LONG = ("digits_gan", "char_transformer")
+ONE_OR_TWO = [pytest.param(1, marks=pytest.mark.soak), 2]  # for the long ones
 ACCURACY = {"logistic_regression": 0.96, "mixed_rates": 0.97, "digits_cnn": 0.98}
 
 # Runs every example once for each strategy, in one job: to start one takes the longest.
@@ -182,7 +183,7 @@ def test_the_rate_is_cyclical(ranks: int, runs: Runs) -> None:
         assert len(rate[2]) == pytest.approx(1 + 100 * height, abs=0.6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", ONE_OR_TWO)
 def test_drawn_digits_are_read(ranks: int, runs: Runs) -> None:
     run = runs.of("digits_gan", "openmpi", ranks)
     assert number(run.told["drawn digits"]) >= 0.5  # of pictures of nothing: 0.001
@@ -198,7 +199,7 @@ def test_drawn_digits_are_read(ranks: int, runs: Runs) -> None:
     assert nearest.mean() < 3.3  # of test digits: 1.2; of drawn ones put together wrongly: 4.7
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", ONE_OR_TWO)
 def test_the_transformer_learns_the_words(ranks: int, runs: Runs) -> None:
     run = runs.of("char_transformer", "openmpi", ranks)
     bits, alone = map(float, re.findall(r"[\d.]+", run.told["test loss"]))
@@ -207,7 +208,8 @@ def test_the_transformer_learns_the_words(ranks: int, runs: Runs) -> None:
     shares = {c: text[:cut].count(c) / cut for c in set(text)}
     wanted = -sum(math.log2(shares[c]) for c in text[cut:]) / (len(text) - cut)
     assert alone == pytest.approx(wanted, abs=0.02)
-    assert 0.95 * BITS <= bits <= 1.5  # less than BITS only who sees what comes next
+    # 0.93 with a deviation of 0.02 from text to text; less than BITS only who sees what comes next
+    assert 0.95 * BITS <= bits <= 1.5
     assert bits == pytest.approx(run.epochs[-1]["metrics"]["loss"] / math.log(2), abs=0.006)
     written = run.told["writes"].split()[1:-1]
     # by chance one in a thousand is a word; how many are depends on the words that were drawn

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mpidl.cli import copy as copying
-from tests import job
+from tests import examples_page, job
 
 NOTEBOOK = "examples/notebook.ipynb"
 
@@ -54,6 +54,7 @@ def test_it_runs(tmp_path: Path) -> None:
     assert config["ranks"] == 2
 
     last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+    examples_page.check("notebook.ipynb", text(accuracy))
     told = float(text(accuracy).split()[2].rstrip("%")) / 100
     assert told >= 0.95 and told == pytest.approx(last["metrics"]["accuracy"], abs=1e-4)
     (shown,) = history["outputs"]

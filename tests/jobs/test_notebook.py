@@ -89,4 +89,4 @@ def test_code_of_the_page_runs(tmp_path: Path) -> None:
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     told = [line for line in map(json.loads, lines) if line.get("kind", "epoch") == "epoch"]
     assert found["loss/epoch"] == pytest.approx({e["steps"]: e["loss"] for e in told})
-    assert list(found["first digit"]) == [told[-1]["steps"]]
+    assert list(found["first_digit"]) == [told[-1]["steps"]]

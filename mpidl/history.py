@@ -75,7 +75,7 @@ def _epoch(path: Path, number: int, line: str) -> Epoch | None:
         record = json.loads(line)
         if record.get("kind", "epoch") != "epoch":
             return None
-        made = {field.name: record[field.name] for field in fields(Epoch)}
+        made = {f.name: record[f.name] for f in fields(Epoch) if f.name in record}
         made["loss"] = float(made["loss"])  # "nan", where it is no number
         made["metrics"] = {name: float(value) for name, value in made["metrics"].items()}
         return Epoch(**made)

@@ -60,7 +60,6 @@ class TensorBoard:
         with world.together():
             if not isinstance(asked, bool):
                 raise InvalidArgument(f"tensorboard={told(asked)}: expected True or False")
-        asked, out = world.broadcast((asked, trainer.out))  # rank 0's word counts, as for `out`
         self.trainer = trainer
         self.folder: Path | None = None  #: where events go, or None
         self._writer: Any = None
@@ -69,13 +68,14 @@ class TensorBoard:
         self._gradients: dict[str, Array] = {}  # parts of them, and since when
         self._since = 0
         self._removers: list[Callable[[], None]] = []
-        if asked:
+        if world.broadcast(asked):  # rank 0's word counts, as for `out`
+            out = world.broadcast(trainer.out)
             with world.together():
                 if out is None:
                     raise InvalidArgument("tensorboard=True: expected out, a folder, too")
                 if find_spec("tensorboardX") is None:
                     raise MpidlError(MISSING)
-            self.folder = Path(out) / FOLDER
+                self.folder = Path(out) / FOLDER
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("add_"):

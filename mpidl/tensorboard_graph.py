@@ -37,14 +37,17 @@ class Watch:
 
     def _claim(self, module: Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Note that the module made what lies between its inputs and its output."""
-        begins = {id(getattr(x, "node", None)) for x in inputs}
+        seen = {id(getattr(x, "node", None)) for x in inputs}
         ready = [getattr(output, "node", None)]
         while ready:
             node = ready.pop()
-            if isinstance(node, Node) and id(node) not in begins and id(node) not in self.owners:
+            if not isinstance(node, Node) or id(node) in seen:
+                continue
+            seen.add(id(node))
+            if id(node) not in self.owners:  # else a module within made it
                 self.owners[id(node)] = self.names.get(id(module), "")
                 self.nodes.append(node)
-                ready += [parent for parent, _ in node.edges or ()]
+            ready += [parent for parent, _ in node.edges or ()]
 
     def _first(self, *arguments: Any) -> Any:
         loss = self.loss(*arguments)

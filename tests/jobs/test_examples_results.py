@@ -15,7 +15,7 @@ import pytest
 from mpidl import data
 from mpidl.cli import copy as copying
 from mpidl.strategies import own
-from tests import job
+from tests import examples_page, job
 from tests.conftest import SEED
 from tests.jobs.test_failures import only_mpich
 
@@ -104,6 +104,7 @@ class Runs:
             assert result.status == 0, result
             told = re.findall(r"^strategy +(\w+)$", result.output, re.MULTILINE)
             assert len(told) == 1, result  # by rank 0
+            examples_page.check(f"{name}.py", result.output)
             assert told[0] in ("allreduce", "hierarchical" if ranks > 1 else ""), result
             told = re.findall(r"^(\S+(?: \S+)*)  +(.*)$", result.output, re.MULTILINE)
             self.done[key] = Run(dict(told), job.epochs(out), out)

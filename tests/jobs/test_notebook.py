@@ -1,8 +1,9 @@
-"""examples/notebook.ipynb, run by a kernel: ranks are started, and their results shown."""
+"""examples/notebook.ipynb, run by a kernel, and docs/pictures.md, on 2 ranks."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from mpidl.cli import copy as copying
-from tests import job
+from tests import events, examples_page, job
 
 NOTEBOOK = "examples/notebook.ipynb"
 
@@ -54,6 +55,7 @@ def test_it_runs(tmp_path: Path) -> None:
     assert config["ranks"] == 2
 
     last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+    examples_page.check("notebook.ipynb", text(accuracy))
     told = float(text(accuracy).split()[2].rstrip("%")) / 100
     assert told >= 0.95 and told == pytest.approx(last["metrics"]["accuracy"], abs=1e-4)
     (shown,) = history["outputs"]
@@ -69,3 +71,22 @@ def test_it_runs(tmp_path: Path) -> None:
 
 def text(cell: dict[str, Any]) -> str:
     return "".join("".join(output.get("text", "")) for output in cell["outputs"])
+
+
+def test_code_of_the_page_runs(tmp_path: Path) -> None:
+    if find_spec("tensorboardX") is None:
+        pytest.skip("needs tensorboardX: pip install 'mpidl[report]'")
+    page = (job.ROOT / "docs/pictures.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    script = job.script(
+        tmp_path, 'import warnings\nwarnings.simplefilter("error")\n' + "".join(blocks)
+    )
+    result = job.run("openmpi", 2, script, cwd=tmp_path, timeout=60, OMP_NUM_THREADS="1")
+    assert result.status == 0, result
+    assert (tmp_path / "graph.dot").read_text().startswith("digraph")
+    found = events.shown(events.read(tmp_path / "run/tensorboard"))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    told = [line for line in map(json.loads, lines) if line.get("kind", "epoch") == "epoch"]
+    assert found["loss/epoch"] == pytest.approx({e["steps"]: e["loss"] for e in told})
+    assert list(found["first_digit"]) == [told[-1]["steps"]]

@@ -32,7 +32,7 @@ class Net(nn.Module):
             parameter.requires_grad = False
 
     def forward(self, x: Any) -> mpidl.Tensor:
-        y = self.heads["a*"](self.body(x))
+        y = self.heads["a*"](self.body(x) * 2.0)
         return self.heads["frozen"](y) + y
 
 
@@ -125,7 +125,8 @@ def test_the_graph_has_boxes_of_layers(world: mpidl.World, folder: Path, rng: Rn
         "Net/body/1/relu": [f"{body}/linear"],
         f"{head}/weight": [],
         f"{head}/bias": [],
-        f"{head}/linear": ["Net/body/1/relu", f"{head}/weight", f"{head}/bias"],
+        "Net/multiply": ["Net/body/1/relu"],
+        f"{head}/linear": ["Net/multiply", f"{head}/weight", f"{head}/bias"],
         "Net/heads/frozen/linear": [f"{head}/linear"],
         "Net/add": ["Net/heads/frozen/linear", f"{head}/linear"],
         "loss/cross_entropy": ["Net/add"],

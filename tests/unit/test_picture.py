@@ -74,6 +74,22 @@ def test_each_operation_has_the_shapes_it_ran_with(name: str, dtype: Any, rng: R
             np.testing.assert_array_equal(x.grad, other.grad)
 
 
+def test_adjoints_that_share_their_work_are_left_as_they_were(rng: Rng) -> None:
+    """A leaf beside results: what was computed for these with zeros is not the leaf's gradient."""
+    arrays = [rng.standard_normal((1, 3, 4)) for _ in range(3)]
+
+    def gradients(*, looks: bool) -> list[Any]:
+        q, k, v = (Tensor(a, requires_grad=True) for a in arrays)
+        loss = functional.attention(q, k * 2.0, v * 2.0).exp().sum()
+        if looks:
+            draw(loss)
+        loss.backward()
+        return [q.grad, k.grad, v.grad]
+
+    for found, wanted in zip(gradients(looks=True), gradients(looks=False), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_network() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     loss = nn.cross_entropy(model(np.ones((2, 4), np.float32)), np.array([0, 2]))

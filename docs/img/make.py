@@ -234,7 +234,7 @@ def plot(name: str) -> str:
     rows = known["rows"]
     texts = ("text", "axes.label", "xtick.", "ytick.", "axes.edge")
     colours = {f"{text}color" if text != "text" else "text.color": LIGHT for text in texts}
-    plt.rcParams.update({"svg.hashsalt": "mpidl", "font.size": 10, **colours})
+    plt.rcParams.update({"svg.hashsalt": "mpidl", "svg.fonttype": "none", **colours})
     figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(rows) + 0.95))
     for i, (label, low, high) in enumerate(rows):
         colour = ORANGE if label.startswith("mpidl") else GREY

@@ -85,7 +85,7 @@ def _uri(path: Path) -> str:
 
 def _figure(path: Path, told: str) -> str:
     """Return the figure as part of a page, whose style sheet gives it its colour."""
-    text = re.sub(r"<style>.*?</style>\s*", "", path.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>\s*", "", path.read_text(), flags=re.DOTALL)
     text = re.sub(r"\s*\n\s*", "", text)  # one line: Markdown leaves it alone
     return text.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
 

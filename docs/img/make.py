@@ -216,9 +216,9 @@ def protocol() -> Figure:
         f.text(x, 26, name, 12, font_weight=600)
     f.notes(
         14, 172,
-        "2: who has the weights of all ranks knows that all gradients are complete. 4: who is past",
-        "the barrier knows that all slices are updated, and that nobody reads its gradient any more.",
-        "Nobody waits elsewhere; no gradient, no parameter is sent.",
+        "2: who has the weights of all ranks knows that all gradients are complete. 4: who is",
+        "past the barrier knows that all slices are updated, and that nobody reads its gradient",
+        "any more. Nobody waits elsewhere; no gradient, no parameter is sent.",
     )  # fmt: skip
     return f
 
@@ -234,7 +234,7 @@ def plot(name: str) -> str:
     rows = known["rows"]
     texts = ("text", "axes.label", "xtick.", "ytick.", "axes.edge")
     colours = {f"{text}color" if text != "text" else "text.color": LIGHT for text in texts}
-    plt.rcParams.update({"svg.hashsalt": "mpidl", "font.size": 10, **colours})
+    plt.rcParams.update({"svg.hashsalt": "mpidl", "svg.fonttype": "none", **colours})
     figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(rows) + 0.95))
     for i, (label, low, high) in enumerate(rows):
         colour = ORANGE if label.startswith("mpidl") else GREY
@@ -263,11 +263,11 @@ def main() -> None:
     for draw in (flow, strategies, memory, nodes, protocol):
         (HERE / f"{draw.__name__}.svg").write_text(draw().svg())
     for theme, colour in (("light", LIGHT), ("dark", DARK)):
-        (HERE / f"flow-{theme}.svg").write_text(flow().svg(colour))
+        (HERE / f"flow_{theme}.svg").write_text(flow().svg(colour))
     for name in json.loads((HERE / "figures.json").read_text()):
         text = plot(name)
-        (HERE / f"{name}-light.svg").write_text(text)
-        (HERE / f"{name}-dark.svg").write_text(text.replace(LIGHT, DARK))
+        (HERE / f"{name}_light.svg").write_text(text)
+        (HERE / f"{name}_dark.svg").write_text(text.replace(LIGHT, DARK))
         of_page = text.replace(LIGHT, "currentColor")
         (HERE / f"{name}.svg").write_text(of_page.replace("<defs>", f"{STYLE}<defs>", 1))
 

@@ -76,7 +76,8 @@ class Figure:
 
     def _path(self, path: str, colour: str, width: float, dash: str) -> None:
         self.parts.append(
-            f'<path d="{path}" stroke="{colour}" stroke-width="{width:g}" fill="none"{_dashed(dash)}/>'
+            f'<path d="{path}" stroke="{colour}" stroke-width="{width:g}" fill="none"'
+            f"{_dashed(dash)}/>"
         )
 
     def _head(self, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:

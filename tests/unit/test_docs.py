@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import os
 import re
 import subprocess
@@ -26,8 +28,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material", reason='pip install ".[docs]"')
     pytest.importorskip("mkdocstrings")
     folder = tmp_path_factory.mktemp("site")
-    line = [sys.executable, "-m", "mkdocs", "build", "-q", "-f", ".mkdocs.yml", "-d", str(folder)]
-    done = subprocess.run(  # strict: a link or an anchor that leads nowhere is an error
+    line = [sys.executable, "-m", "mkdocs", "build", "-f", ".mkdocs.yml", "-d", str(folder)]
+    done = subprocess.run(  # strict: what it warns of is an error; but with -q it warns of nothing
         line,
         cwd=job.ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
@@ -120,3 +122,22 @@ def test_code_says_what_it_is() -> None:
     for page in DOCS.glob("*.md"):
         heads = re.findall(r"^```(python.*)$", page.read_text(), re.MULTILINE)
         assert set(heads) <= {"python", 'python title="fragment"'}, page
+
+
+def test_figures_are_those_that_the_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS / "img"))
+    make = importlib.import_module("make")
+    for name in ("flow", "strategies", "memory", "nodes", "protocol"):
+        drawn = getattr(make, name)().svg()
+        assert (DOCS / f"img/{name}.svg").read_text() == drawn, "python docs/img/make.py"
+        assert drawn.count("<text") > 10
+
+
+def test_numbers_of_the_plots_are_those_told() -> None:
+    plots = json.loads((DOCS / "img/figures.json").read_text())
+    told = {name: (job.ROOT / name).read_text() for name in ("README.md", "docs/performance.md")}
+    for plot in plots.values():
+        assert {"command", "date", "machine", "title", "unit", "rows"} == set(plot)
+        for _, low, high in plot["rows"]:
+            number = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            assert [name for name, text in told.items() if number not in text] == [], number

@@ -37,6 +37,7 @@ __all__ = [
     "nn",
     "no_grad",
     "optim",
+    "plot_history",
     "save",
     "signals",
     "strategies",
@@ -48,4 +49,6 @@ def __getattr__(name: str) -> Any:
     """Import what most scripts do not need, when it is asked for."""
     if name == "checkpoint":
         return import_module("mpidl.checkpoint")
+    if name == "plot_history":
+        return import_module("mpidl.report.history").plot_history
     raise AttributeError(f"module 'mpidl' has no attribute {name!r}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from mpidl.report import style
 from mpidl.report.drawing import entry, finite, sheet, short
+from mpidl.report.values import number, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,7 @@ PLACE = (
     "started", "command", "ranks", "nodes", "hosts", "mpi", "versions", "cpu", "cores", "threads",
     "accelerators", "epochs", "seed", "out", "checkpoint",
 )  # fmt: skip
+AVERAGE = ("strategy", "codec")
 
 
 def rate(run: Run) -> float:
@@ -31,18 +33,35 @@ def rate(run: Run) -> float:
 
 
 def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Return runs that scale: strong, with one global batch, and weak, with one on each rank."""
+    """Return runs that scale: strong, with one global batch, and weak, with one on each rank.
+
+    A run on one rank averages with nobody, so it belongs to each strategy.
+    """
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        batch = run.config.get("batch_size")
-        if not run.ranks or not finite([rate(run)]) or not isinstance(batch, (int, float)):
+        batch = number(run.config.get("batch_size"))
+        if not run.ranks or not finite([rate(run)]) or not finite([batch]):
             continue
-        rest = {k: v for k, v in run.config.items() if k not in (*PLACE, "batch_size")}
+        rest = {k: v for k, v in run.config.items() if k not in (*PLACE, *AVERAGE, "batch_size")}
         same = json.dumps(rest, sort_keys=True, default=str)
         found.setdefault((f"batch {short(batch)}", same), []).append(run)
         found.setdefault((f"{short(batch / run.ranks)} a rank", same), []).append(run)
-    scale = [(kind, sorted(some, key=lambda r: r.ranks)) for (kind, _), some in found.items()]
-    return [(kind, some) for kind, some in scale if some[0].ranks < some[-1].ranks]
+    scale = []
+    for (kind, _), every in found.items():
+        alone = [run for run in every if run.ranks == 1]
+        others = [run for run in every if run.ranks > 1]
+        ways = dict.fromkeys(map(_way, others))
+        for way in ways:
+            some = sorted([*alone, *(r for r in others if _way(r) == way)], key=lambda r: r.ranks)
+            if some[0].ranks < some[-1].ranks:
+                scale.append((f"{way}, {kind}" if len(ways) > 1 else kind, some))
+    return scale
+
+
+def _way(run: Run) -> str:
+    """Return how a run averages."""
+    some = (run.config.get(name) for name in AVERAGE)
+    return printable(" ".join(str(one) for one in some if one is not None))
 
 
 def figure(runs: Sequence[Run]) -> Figure | None:

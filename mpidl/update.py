@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.array import GRAIN, UPDATE_BLOCK_BYTES, blocks, to_numpy
 from mpidl.errors import NonFiniteGradient
 from mpidl.optim.base import Layers, check_used
@@ -47,6 +48,8 @@ class Update:
             self._layers.append(Layers(flat.parts(owned), strategy.total, wholes, owned.start))
             self.states.append(optimizers[flat.group].init(flat.param[owned]))
 
+    @clock.folded()
+    @clock.counted(clock.REDUCE)
     def make(self, weight: float, step: int, *, averaged: bool = False) -> None:
         """Average the gradients, this rank's times `weight`, and update. Collective.
 
@@ -72,8 +75,10 @@ class Update:
             param, grad = flat.param[owned], flat.grad[owned]
             means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
             averages = self._blocks(means, owned.start, factor)
+            clock.switch(clock.UPDATE)
             optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
             check_used(optimizer, averages)
+            clock.switch(clock.REDUCE)
             if publishes:
                 self.strategy.share(flat.param)
 
@@ -85,7 +90,9 @@ class Update:
     def _blocks(self, means: Iterable[tuple[slice, Array]], start: int, factor: float) -> Averages:
         """Cut the means into blocks, and clip them; slices count from `start` on."""
         clips = factor != 1 or self.clip.bounds_late
+        clock.switch(clock.REDUCE)
         for part, mean in means:
+            clock.switch(clock.UPDATE)
             first = part.start - start
             self.world.mark.progress += 1
             for block in blocks(mean, UPDATE_BLOCK_BYTES):
@@ -93,6 +100,8 @@ class Update:
                 if clips:
                     self.clip.finish(piece, factor)
                 yield slice(first + block.start, first + block.stop), piece
+            clock.switch(clock.REDUCE)
+        clock.switch(clock.UPDATE)
 
     def _shorten(self, step: int) -> float:
         """Return the factor that brings the whole gradient to the norm allowed. Collective."""

@@ -39,6 +39,7 @@ __all__ = [
     "nn",
     "no_grad",
     "optim",
+    "plot_history",
     "save",
     "signals",
     "strategies",
@@ -50,4 +51,6 @@ def __getattr__(name: str) -> Any:
     """Import what most scripts do not need, when it is asked for."""
     if name == "checkpoint":
         return import_module("mpidl.checkpoint")
+    if name == "plot_history":
+        return import_module("mpidl.report.history").plot_history
     raise AttributeError(f"module 'mpidl' has no attribute {name!r}")

@@ -17,8 +17,10 @@ from mpidl.cli import allocation, attend, bench, launcher, starters
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
+from mpidl.cli import report as reporting
 from mpidl.cli import status as following
 from mpidl.cli import submit as submission
+from mpidl.cli import watch as watching
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_intersperse
     submission.submit
 )
 app.command()(following.status)
+app.command()(reporting.report)
+app.command()(watching.watch)
 
 
 @app.callback(invoke_without_command=True)

@@ -90,6 +90,7 @@ LEVELS = {
     "newcomer": 4,
     "progress": 4,
     "replacement": 4,
+    "report": 4,
     "server": 4,
     "run_folder": 4,
     "tensorboard": 4,

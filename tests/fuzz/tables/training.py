@@ -21,6 +21,7 @@ from tests.fuzz.tables.engine import array
 WORLD = mpidl.init(abort_on_error=False)
 FOLDER = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+EPOCH = mpidl.Epoch(1, 2, 0.5, {"loss": 0.4, "accuracy": 0.9}, 0.1, 100.0)
 os.chdir(FOLDER)  # where files go whose names are odd
 
 
@@ -155,6 +156,7 @@ TABLE: dict[str, Callable[[], Given]] = {
         replica(), dict(nn.Linear(3, 2).state_dict()), strict=True
     ),
     "parallel:DataParallel.step": step,
+    "report.history:plot_history": lambda: given([EPOCH], FOLDER / "history.svg"),
     "strategies.hierarchical:Hierarchical": lambda: given(
         WORLD, codec=None, microbatches=2
     )._replace(kept=1, then=closed),

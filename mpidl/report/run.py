@@ -147,6 +147,7 @@ class Run:
                 if self.epochs and made.epoch <= self.epochs[-1].epoch:
                     self.epochs = [e for e in self.epochs if e.epoch < made.epoch]
                 self.epochs.append(made)
+                first = False
 
     def _times(self, records: list[dict[str, Any]], *, first: bool) -> None:  # noqa: ARG002
         for record in records:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpidl import noise
 from mpidl.report import style
 from mpidl.report.drawing import entry, logarithmic, plot, sheet, short, updates
 
@@ -26,6 +27,7 @@ class Noise:
 
     scale: float
     batch: float
+    estimates: int
 
     def updates(self, factor: float) -> float:
         """Return the updates to the same loss with `factor` times the batch, relative to now.
@@ -40,17 +42,8 @@ class Noise:
 
     def advice(self) -> str:
         """Return in words what a larger batch, or more ranks, would bring."""
-        twice = f"{self.updates(2):.2f} of the updates and {self.samples(2):.2f} of the samples"
-        if self.batch < self.scale / 2:
-            word = "well below it: larger batches, and more ranks, still shorten the training"
-        elif self.batch <= 2 * self.scale:
-            word = "near it: a larger batch buys time with computing, at about even terms"
-        else:
-            word = "above it: larger batches mostly compute more, and hardly save updates"
-        return (
-            f"The critical batch size is about {short(self.scale, 3)} samples; a step takes "
-            f"{short(self.batch)}, {word}. Twice the batch would need {twice}."
-        )
+        found = {"scale": self.scale, "batch": self.batch, "estimates": self.estimates}
+        return "; ".join(noise.advice(found))
 
 
 def of(run: Run) -> Noise | None:
@@ -60,7 +53,8 @@ def of(run: Run) -> Noise | None:
     batches = [n["batch"] for n in some if _positive(n, "batch")]
     if not batches:
         return None
-    return Noise(float(np.median([n["scale"] for n in some])), batches[-1])
+    estimates = int(some[-1].get("estimates", 0))
+    return Noise(float(np.median([n["scale"] for n in some])), batches[-1], estimates)
 
 
 def _positive(noise: dict[str, float], name: str) -> bool:

@@ -19,6 +19,7 @@ from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
 from mpidl.cli import status as following
 from mpidl.cli import submit as submission
+from mpidl.cli import trace as tracing
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_intersperse
     submission.submit
 )
 app.command()(following.status)
+app.add_typer(tracing.app, name="trace")
 
 
 @app.callback(invoke_without_command=True)
@@ -111,6 +113,22 @@ def run(
     bind: Annotated[
         str, typer.Option(metavar="cores|none", help="Give each rank cores of its own.")
     ] = "",
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Record where the time goes, on all ranks, in trace.json (docs/trace.md).",
+        ),
+    ] = False,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="--trace, into this file; FILE.json.gz is compressed. Default: trace.json, in a "
+            "job in the folder MPIDL_OUT. A word after --trace would be the script.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
@@ -121,6 +139,8 @@ def run(
     Example: mpidl run -n 4 train.py --lr 0.1
 
     Inside a job of SLURM, PBS, LSF or Flux, on its hosts: mpidl run train.py
+
+    mpidl run --trace -n 4 train.py
 
     mpidl run --launcher srun --dry-run train.py
 
@@ -140,6 +160,8 @@ def run(
     settings = launcher.replacing(min_ranks, replace=replace)
     if bind:
         settings["MPIDL_BIND"] = _or_exit(partial(config.bind, bind))
+    if trace or trace_file is not None:
+        settings |= _or_exit(partial(tracing.settings, trace_file))
     environment = {**starter.environment(chosen), **settings}
     names = [*os.environ, *environment]
     options = _or_exit(
@@ -167,13 +189,16 @@ def run(
             settings,
             chosen.cores,
         )
-        raise typer.Exit(_or_exit(partial(supervise.run, job)))
+        status = _or_exit(partial(supervise.run, job))
+        tracing.finish(settings)
+        raise typer.Exit(status)
     sys.stdout.flush()
     if starter.own and library.vendor == "openmpi":
         with attend.status_file() as (path, told):
             environment["MPIDL_STATUS_FILE"] = path
-            status = attend.run(line, {**os.environ, **environment})
-            raise typer.Exit(status or told())
+            status = attend.run(line, {**os.environ, **environment}) or told()
+            tracing.finish(settings)
+            raise typer.Exit(status)
     # The launcher takes this process's place: its exit status and Ctrl-C need no one between.
     os.execve(line[0], line, {**os.environ, **environment})
 

@@ -57,8 +57,18 @@ class Recorder:
 
     def start(self) -> None:
         """Record from now on."""
-        clock.listener, ranges.recorder = self, self
+        self.flush()
+        self.resume()
         self._writer.start()
+
+    def resume(self) -> None:
+        """Record again, after `rest`."""
+        clock.listener, ranges.recorder = self, self
+
+    @property
+    def taken(self) -> int:
+        """How many events there were so far."""
+        return self._written + len(self._events)
 
     def rest(self) -> None:
         """Record no more; what was recorded is still to be written."""

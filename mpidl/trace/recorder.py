@@ -57,8 +57,8 @@ class Recorder:
 
     def start(self) -> None:
         """Record from now on."""
-        self.flush()
         self.resume()
+        self.flush()
         self._writer.start()
 
     def resume(self) -> None:
@@ -98,19 +98,23 @@ class Recorder:
 
     def leave(self, name: str) -> None:
         """Note that the innermost one of this name ends; one that began before this is left out."""
-        end, stack = perf_counter(), self._thread.stack
-        for i in range(len(stack) - 1, -1, -1):
-            if stack[i][0] == name:
-                begin = stack.pop(i)[1]
-                self.span(name, begin, end)
-                return
+        end, thread = perf_counter(), self._thread
+        stack = thread.stack
+        at = len(stack) - 1
+        while at >= 0 and stack[at][0] != name:
+            at -= 1
+        if at >= 0:
+            number = self._names.get(name)
+            if number is None:
+                number = self._number(name)
+            self._append((SPAN, thread.base + number, stack.pop(at)[1], end, 0.0))
 
     def span(self, name: str, begin: float, end: float, nbytes: float = 0.0) -> None:
         """Note what this thread has done."""
         number = self._names.get(name)
         if number is None:
             number = self._number(name)
-        self._append((SPAN, self._thread.track * TRACK + number, begin, end, nbytes))
+        self._append((SPAN, self._thread.base + number, begin, end, nbytes))
 
     def _number(self, name: str) -> int:
         """Return the number of a name, which is told to those who read the file."""
@@ -188,9 +192,10 @@ class Recorder:
         self._stopping.set()
         if self._writer.is_alive() and threading.current_thread() is not self._writer:
             self._writer.join()
-        if facts:
-            self.tell(facts)
         self.flush()
+        if facts:  # after all events
+            self.tell(facts)
+            self.flush()
         self._close()
 
     def _close(self) -> None:
@@ -210,7 +215,7 @@ class _Thread(threading.local):
 
     def __init__(self, recorder: Recorder) -> None:
         self.stack: list[tuple[str, float]] = []
-        self.track = recorder.track()
+        self.base = recorder.track() * TRACK
 
 
 def warn(text: str) -> None:

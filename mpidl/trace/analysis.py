@@ -17,7 +17,7 @@ from mpidl.clock import PHASES, REDUCE, UPDATE, WAIT
 from mpidl.trace.tracks import LOCAL, LOCAL_SECONDS, Interval, Span, Step
 
 RANGE_SHARE = 0.5  # of a delay that a range must explain to be named
-STARTED = "started late"
+STARTED = "between steps"  # an evaluation, a checkpoint, or the end of the step before
 
 
 @dataclass

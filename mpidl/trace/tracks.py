@@ -109,18 +109,19 @@ def of_part(part: Part, shift: Shift) -> Tracks:
 def steps_of(phases: list[Interval], marks: Iterable[tuple[int, float, float]]) -> list[Step]:
     """Return the steps that end at `marks`: (number, end, bytes so far).
 
-    What is nothing of training, such as an evaluation, and stands between two steps, is in neither:
-    where there are phases of training at all.
+    What is nothing of training, such as an evaluation, and what comes before that, is in neither of
+    the steps that it stands between: where there are phases of training at all.
     """
     trains = any(interval.of(COMPUTE) for interval in phases)
     steps = []
     begin = phases[0].begin if phases else 0.0
     before, at = 0.0, 0
     for number, end, nbytes in marks:
-        while at < len(phases) and phases[at].end <= begin:
-            at += 1
-        while trains and at < len(phases) and phases[at].phase == OTHER and phases[at].end < end:
-            begin = phases[at].end
+        while at < len(phases) and phases[at].end <= end:
+            interval = phases[at]
+            length = interval.end - interval.begin
+            if trains and interval.phase == OTHER and length > LOCAL_SECONDS:
+                begin = max(begin, interval.end)
             at += 1
         steps.append(Step(number, min(begin, end), end, nbytes - before))
         begin, before = end, nbytes

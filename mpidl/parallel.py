@@ -269,6 +269,7 @@ class DataParallel:
         if total and self.microbatches is not None:
             self.microbatches.means.publish(unit / total)
         clock.step(self.steps)
+        clock.switch(clock.COMPUTE)  # what a script's own loop does, unless it says otherwise
         self.steps += 1
         supervised.note_step(self.steps)
 

@@ -1,8 +1,9 @@
 """What a trace says of each step: who came last to the average, why, and what that cost.
 
 The critical path of a step runs along the rank that came last, from the end of the step before:
-its own computing and waiting for data until it came to the average, then the average and the
-update. What other ranks did meanwhile could have taken as long without anybody noticing.
+its own computing and waiting for data until it came to the average; then along the one that had
+made the average and the update last. What other ranks did meanwhile could have taken longer, and
+nobody would have noticed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -28,6 +30,26 @@ class Process:
     phases: list[Interval] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)  #: of the thread that trains
+
+    @cached_property
+    def _begins(self) -> list[float]:
+        return [interval.begin for interval in self.phases]
+
+    def between(self, begin: float, end: float) -> list[Interval]:
+        """Return the phases of which a part lies between two times."""
+        first = max(0, bisect_right(self._begins, begin) - 1)
+        found = self.phases[first : bisect_left(self._begins, end)]
+        return [interval for interval in found if interval.end > begin]
+
+    def spent(self, begin: float, end: float) -> list[float]:
+        """Return the seconds of each phase between two times."""
+        seconds = [0.0] * len(PHASES)
+        for interval in self.between(begin, end):
+            part = min(interval.end, end) - max(interval.begin, begin)
+            share = part / (interval.end - interval.begin)
+            for phase in range(len(PHASES)):
+                seconds[phase] += interval.of(phase) * share
+        return seconds
 
 
 @dataclass
@@ -75,10 +97,9 @@ def steps_of(processes: dict[int, Process]) -> list[Found]:
     """Return what each step came to, in order of time."""
     found = []
     before = float("-inf")
-    begins = {pid: [i.begin for i in p.phases] for pid, p in processes.items()}
     ranges = {pid: _Ranges(process.spans) for pid, process in processes.items()}
     for group in grouped(processes):
-        ways = {pid: _way(processes[pid], begins[pid], step) for pid, step in group.items()}
+        ways = {pid: _way(processes[pid], step) for pid, step in group.items()}
         end = max(step.end for step in group.values())
         begin = min(max(before, min(step.begin for step in group.values())), end)
         before = end
@@ -89,7 +110,10 @@ def steps_of(processes: dict[int, Process]) -> list[Found]:
             last = processes[pid].name
             late = way.arrived - median(other.arrived for other in others)
             because, more = _why(pid, ways, ranges)
-        spent = dict(zip(PHASES, way.seconds, strict=True))
+        first = processes[pid].spent(begin, way.arrived)
+        until = max(ways, key=lambda pid: ways[pid].step.end)
+        second = processes[until].spent(way.arrived, end)
+        spent = {name: first[i] + second[i] for i, name in enumerate(PHASES)}
         found.append(
             Found(
                 step=group[pid].number,
@@ -116,38 +140,21 @@ class _Way:
     step: Step
     arrived: float  #: when it came to the average
     before: list[float]  #: seconds of each phase until then
-    seconds: list[float]  #: and of the whole step
 
 
-def _way(process: Process, begins: list[float], step: Step) -> _Way:
+def _way(process: Process, step: Step) -> _Way:
     """Return how a rank went through a step.
 
     It comes to the average where the last work of its own ends before the update: what is shorter
     than LOCAL_SECONDS belongs to the average.
     """
-    first = max(0, bisect_right(begins, step.begin) - 1)
-    last = bisect_left(begins, step.end)
-    seconds, arrived, at_work = [0.0] * len(PHASES), step.end, True
-    inside = process.phases[first:last]
-    for interval in reversed(inside):
-        length = interval.end - interval.begin
-        part = min(interval.end, step.end) - max(interval.begin, step.begin)
-        if part <= 0:
-            continue
-        for phase in range(len(PHASES)):
-            seconds[phase] += interval.of(phase) * (part / length)
-        if at_work and (interval.phase not in LOCAL or part <= LOCAL_SECONDS):
-            if interval.phase not in LOCAL:
-                arrived = max(interval.begin, step.begin)
-        else:
-            at_work = False
-    before = [0.0] * len(PHASES)
-    for interval in inside:
-        part = min(interval.end, arrived) - max(interval.begin, step.begin)
-        if part > 0:
-            for phase in range(len(PHASES)):
-                before[phase] += interval.of(phase) * (part / (interval.end - interval.begin))
-    return _Way(step, arrived, before, seconds)
+    arrived = step.end
+    for interval in reversed(process.between(step.begin, step.end)):
+        if interval.phase not in LOCAL:
+            arrived = max(interval.begin, step.begin)
+        elif min(interval.end, step.end) - max(interval.begin, step.begin) > LOCAL_SECONDS:
+            break
+    return _Way(step, arrived, process.spent(step.begin, arrived))
 
 
 def _why(pid: int, ways: dict[int, _Way], ranges: dict[int, _Ranges]) -> tuple[str, float]:

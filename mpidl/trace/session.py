@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mpidl import abort, clock, config, spawned
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpidl.trace.recorder import Recorder
     from mpidl.world import World
 
@@ -140,25 +142,41 @@ def collect(MPI: Any, comm: Any, path: Path, part: Path) -> None:
         if seen[rank]:
             continue
         if comm.rank == 0:
-            problem: OSError | None = None
-            fresh = folder / (Path(name).name + ".new")
-            for count in chunks:  # all of them, also where they cannot be written
-                data = bytearray(count)
-                clocks.wait(MPI, comm.Irecv(data, rank, CHUNK))
-                try:
-                    with fresh.open("ab") as file:
-                        file.write(data)
-                except OSError as error:
-                    problem = error
-            if problem is None:
-                fresh.replace(folder / name)
-            comm.send(problem is None, rank, LENGTH)
+            comm.send(_take(MPI, comm, rank, chunks, folder / name), rank, LENGTH)
         elif comm.rank == rank:
             with part.open("rb") as file:
                 for count in chunks:
                     clocks.wait(MPI, comm.Isend(file.read(count), 0, CHUNK))
             if comm.recv(None, 0, LENGTH):
                 part.unlink()
+
+
+def _take(MPI: Any, comm: Any, rank: int, chunks: Sequence[int], place: Path) -> bool:
+    """Write what `rank` sends, and return whether all of it is there; receives it anyway."""
+    from mpidl.trace import clocks
+
+    fresh = place.with_name(f"{place.name}.new")
+    file = None
+    with suppress(OSError):
+        file = fresh.open("wb")
+    written = 0
+    for count in chunks:
+        data = bytearray(count)
+        clocks.wait(MPI, comm.Irecv(data, rank, CHUNK))
+        if file is not None:
+            with suppress(OSError):
+                written += file.write(data)
+    try:
+        if file is None:
+            return False
+        file.close()
+        if written == sum(chunks):
+            fresh.replace(place)
+            return True
+    except OSError:
+        pass
+    fresh.unlink(missing_ok=True)
+    return False
 
 
 def _is(file: Path, size: int) -> bool:

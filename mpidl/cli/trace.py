@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -94,10 +95,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     ranks = len(report["ranks"])
     head = f"{found['steps']} steps on {ranks} rank{'s' * (ranks != 1)} in {found['seconds']:.3g} s"
     shown = [head, *(clean(f"note: {note}") for note in report["notes"]), ""]
-    hosts = {name.partition(" on ")[2] for name in report["ranks"]}
-    short = {
-        name: name.partition(" on ")[0] if len(hosts) == 1 else name for name in report["ranks"]
-    }
+    short = _short(report["ranks"])
     rows: list[tuple[str, ...]]
     if report["worst"]:
         shown += ["The longest steps, in ms (late: after the median of the others)"]
@@ -145,6 +143,16 @@ def lines(report: dict[str, Any]) -> list[str]:
         ]
         shown += ["", *table(rows, left=(0, 3))]
     return shown
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Return ranks without their host, where there is one."""
+    pattern = r"(rank \d+) on (.*?)((?:, later|, attempt \d+)?)"
+    found = {name: re.fullmatch(pattern, name, re.DOTALL) for name in names}
+    hosts = {match[2] for match in found.values() if match}
+    if len(hosts) != 1:
+        return {name: name for name in names}
+    return {name: match[1] + match[3] if match else name for name, match in found.items()}
 
 
 def milli(seconds: float) -> str:

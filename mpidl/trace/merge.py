@@ -58,6 +58,8 @@ def merge(path: Path, run: str | None = None, *, remove: bool = True) -> list[st
         "run": name,
         "began": heads[0].process["unix"],
         "notes": notes,
+        # how far the clock of each was ahead of rank 0's: when, seconds, their uncertainty
+        "clocks": [[part.rank, part.samples] for part in heads if part.samples],
     }
     try:
         with _opened(fresh, zipped=path.suffix == ".gz") as out:
@@ -155,7 +157,7 @@ class _Writer:
         part, process = self._part, self._part.process
         name = f"rank {part.rank} on {process['host']}"
         if self._again:
-            after = f"attempt {process['attempt']}" if process["attempt"] else "a later process"
+            after = f"attempt {process['attempt']}" if process["attempt"] else "later"
             name += f", {after}"
         state = "ended by an error" if part.failed else "no end" if part.end is None else ""
         self._meta("process_name", {"name": name})

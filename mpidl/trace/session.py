@@ -10,13 +10,13 @@ import atexit
 import os
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidl import abort, clock, config, spawned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from mpidl.trace.recorder import Recorder
     from mpidl.world import World

@@ -20,18 +20,18 @@ def show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     first = report["rows"][0]
-    table = Table(title=f"training steps on {first['ranks']} ranks, with and without a trace")
-    names = ("model", "samples", "without, ms", "with", "over", "quartiles", "events a step")
-    for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i else "left")
+    table = Table(title=f"steps of an MLP on {first['ranks']} ranks, with and without a trace")
+    names = ("samples", "without, ms", "with", "over", "quartiles", "by parts", "events")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report["rows"]:
         table.add_row(
-            row["model"],
             str(row["samples"]),
             f"{row['off_ms']:.3f}",
             f"{row['on_ms']:.3f}",
             f"{row['over']:.4f}",
-            f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{row['low']:.3f}-{row['high']:.3f}",
+            f"{row['by_parts']:.4f}",
             f"{row['events']:.1f}",
         )
     table.caption = ", ".join(f"{k}: {v:.0f} ns" for k, v in report["nanoseconds"].items())

@@ -28,8 +28,10 @@ def measure(world: World, turns: int) -> dict[str, Any]:
     """Return {"machine", "rows", "nanoseconds"}. Collective.
 
     A row has the milliseconds of a step without ("off") and with a trace ("on"), medians over
-    blocks of steps; "over" is the median of the ratios of both blocks of a turn, with quartiles.
-    "nanoseconds" are those of one event, and of an `mpidl.range` with and without a trace.
+    blocks of steps; "over" is the median of the ratios of both blocks of a turn, with quartiles;
+    "by_parts" what they should be by the time of each event, and of two ranges a step, where the
+    machine does too much else. "nanoseconds" are those of one event, of writing it, and of an
+    `mpidl.range` with and without a trace.
     """
     with tempfile.TemporaryDirectory(prefix="mpidl-bench-") as folder:
         process = {"rank": world.rank, "ranks": world.size, "seconds": time.perf_counter()}
@@ -39,13 +41,20 @@ def measure(world: World, turns: int) -> dict[str, Any]:
         spent = {"range, no trace": _each(_one_range)}
         recorder.resume()
         spent["range"] = _each(_one_range)
+        recorder.flush()
         spent["event"] = _each(lambda: recorder.interval(0, 0.0, 1.0))
+        start = time.perf_counter()
+        recorder.flush()
+        spent["writing it"] = 1e9 * (time.perf_counter() - start) / (3 * LOOPS)
         recorder.rest()
         rows = []
         for name, samples in MODELS:
             replica = replicas.in_mpidl("auto", "auto", world, name, samples, world.rank)
-            rows.append({"model": name, "samples": samples, "ranks": world.size,
-                         **_compare(world, replica, recorder, turns)})  # fmt: skip
+            row: dict[str, Any] = {"model": name, "samples": samples, "ranks": world.size}
+            row |= _compare(world, replica, recorder, turns)
+            each = row["events"] * (spent["event"] + spent["writing it"])
+            ranges = 2 * (spent["range"] - spent["range, no trace"] - spent["event"])
+            rows.append(row | {"by_parts": 1 + (each + ranges) / 1e6 / row["off_ms"]})
             replica.close()
         recorder.close()
     return {"machine": machine.facts(world), "rows": rows, "nanoseconds": spent}

@@ -132,9 +132,9 @@ def note_trace(run: str) -> None:
     os.environ.update({"MPIDL_TRACED": "1", "MPIDL_TRACE_RUN": run})
 
 
-def trace_events() -> int:
+def trace_events() -> int | None:
     """MPIDL_TRACE_EVENTS: how many events a rank records, at most; 40 bytes each."""
-    return _count("MPIDL_TRACE_EVENTS") or 1_000_000
+    return _count("MPIDL_TRACE_EVENTS")
 
 
 def attempt() -> int:

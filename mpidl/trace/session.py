@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20  # of a part, in one message
 LENGTH, CHUNK = 1, 2  # tags
+#: Events of a rank, and of all: some 400 MB and 30 s at the end, and more no viewer opens.
+LEAST, MOST, MOST_IN_ALL = 10_000, 1_000_000, 4_000_000
 
 _session: _Session | None = None
 
@@ -33,7 +35,8 @@ def start(world: World) -> None:
     told = None
     if world.comm.rank == 0 and (path := config.trace()) is not None:
         run = config.trace_run() or config.run_id() or os.urandom(8).hex()
-        told = path, run, os.urandom(8).hex(), config.trace_events()
+        events = config.trace_events() or max(LEAST, min(MOST, MOST_IN_ALL // world.size))
+        told = path, run, os.urandom(8).hex(), events
     told = world.broadcast(told)
     if told is not None and _session is None:
         _session = _Session(world, *told)

@@ -13,6 +13,7 @@ from mpidl.errors import MpidlError
 from mpidl.history import Epoch, History
 from mpidl.onnx import export_onnx
 from mpidl.parallel import DataParallel
+from mpidl.trace import range as range  # noqa: A004  # not in __all__: `import *` leaves Python's
 from mpidl.trainer import Trainer
 from mpidl.weights import load, save
 from mpidl.world import World, init

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl import codecs, supervised
+from mpidl import clock, codecs, supervised
 from mpidl.array import is_device, namespace
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.exact import all_equal
@@ -71,6 +71,7 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
     return arrays
 
 
+@clock.counted(clock.REDUCE)
 def mean(
     arrays: Sequence[Memory],
     layout: str,

@@ -124,6 +124,32 @@ def out() -> str | None:
     return f"{folder}/{launched_rank()}" if folder and alone() else folder
 
 
+def trace() -> Path | None:
+    """MPIDL_TRACE: the file that gets a trace of all ranks (`mpidl run --trace`).
+
+    What a rank starts is no rank of the run, but for those that are to take others' places.
+    """
+    value = os.environ.get("MPIDL_TRACE")
+    known = "MPIDL_TRACED" in os.environ and spawned() is None
+    return Path(value).absolute() if value and not known else None
+
+
+def trace_run() -> str | None:
+    """MPIDL_TRACE_RUN: a name that all processes of a run have, also those spawned later."""
+    value = os.environ.get("MPIDL_TRACE_RUN", "")
+    return value if re.fullmatch(r"[0-9a-f]{8,64}", value) else None
+
+
+def note_trace(run: str) -> None:
+    """Let processes that this one starts know that their trace is this one's."""
+    os.environ.update({"MPIDL_TRACED": "1", "MPIDL_TRACE_RUN": run})
+
+
+def trace_events() -> int | None:
+    """MPIDL_TRACE_EVENTS: how many events a rank records, at most; 40 bytes each."""
+    return _count("MPIDL_TRACE_EVENTS")
+
+
 def attempt() -> int:
     """MPIDL_ATTEMPT: how often that run was started before."""
     value = os.environ.get("MPIDL_ATTEMPT", "")

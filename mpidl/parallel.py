@@ -108,8 +108,7 @@ class DataParallel:
         known = parameters_of(model, self.world)
         self.parameters = {name: p for name, p in known.items() if p.requires_grad}  #: to train
         self._frozen = {name: p for name, p in known.items() if not p.requires_grad}
-        self.accumulate = accumulate
-        self.steps = 0  #: updates made
+        self.accumulate, self.steps = accumulate, 0  #: calls to an update; updates made
         #: Whether any rank got SIGTERM or SIGUSR1 (`mpidl.signals`): the same on all ranks after an
         #: update; with `local_steps` after an average; asynchronous, this rank's own.
         self.stop_requested = False
@@ -279,6 +278,7 @@ class DataParallel:
         if total and self.microbatches is not None:
             self.microbatches.means.publish(unit / total)
         clock.step(self.steps)
+        clock.switch(clock.COMPUTE)  # what a script's own loop does, unless it says otherwise
         self.steps += 1
         supervised.note_step(self.steps)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpidl.trace.ranges import spanned
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -115,6 +117,7 @@ class Reducer(threading.Thread):
                     self._keep(grads[i], part, mean)
                     world.mark.progress += 1
             self.seconds.append(time.perf_counter() - start)
+            spanned(f"average of buckets {group}", start, sum(grad.nbytes for grad in grads))
         self.total = total
 
 

@@ -19,6 +19,7 @@ from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
 from mpidl.refuse import WRONG, wrong
+from mpidl.trace import session as trace
 from mpidl.unsent import sent
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ def replace_current(world: World) -> None:
     if _world is not None:
         _world = world
         abort.replace(world.comm)
+        trace.moved(world)
 
 
 def current() -> World:
@@ -312,6 +314,7 @@ def init(
         _world = spawned.named(World.of(MPI, MPI.COMM_WORLD))
         binding.start(_world)
         watchdog.start(_world, seconds, stall)
+        trace.start(_world)
         check = checks
     if check is not None:
         _world.mark.checks = check == "collectives"

@@ -18,6 +18,7 @@ from mpidl.bench import scaling as scaling_bench
 from mpidl.bench import start as start_bench
 from mpidl.bench import step as step_bench
 from mpidl.bench import stragglers as stragglers_bench
+from mpidl.bench import trace as trace_bench
 from mpidl.cli import launcher
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
 from mpidl.plan import units
@@ -212,6 +213,15 @@ def stragglers(
     """
     report = _or_exit(partial(stragglers_bench.run, ranks or RANKS, slow_down))
     _tell(report, stragglers_bench.show, as_json)
+
+
+@app.command()
+def trace(ranks: Ranks = None, as_json: AsJson = False, turns: Turns = trace_bench.TURNS) -> None:
+    """Time the same training steps with and without a trace (`mpidl run --trace`), in turns.
+
+    Example: mpidl bench trace -n 2
+    """
+    _tell(_or_exit(partial(trace_bench.run, ranks or RANKS, turns)), trace_bench.show, as_json)
 
 
 def _places(ranks: int | None, hosts: str) -> tuple[int, dict[str, int] | None]:

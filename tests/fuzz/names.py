@@ -17,7 +17,7 @@ PACKAGES = {
     "data": ("mpidl.data",),
     "training": (
         "mpidl", "mpidl.checkpoint", "mpidl.signals", "mpidl.strategies", "mpidl.testing",
-        "mpidl.onnx",
+        "mpidl.onnx", "mpidl.trace",
     ),
 }  # fmt: skip
 

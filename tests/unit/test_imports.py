@@ -40,6 +40,7 @@ LEVELS = {
     "signals": 1,
     "spawned": 1,
     "supervised": 1,
+    "trace": 1,
     "watchdog": 1,
     "unsent": 1,
     "world": 1,

@@ -47,6 +47,11 @@ def closed(value: Any) -> None:
     value.close()
 
 
+def entered(value: Any) -> None:
+    with value:
+        pass
+
+
 def fit() -> Given:
     made = trainer()
     return closing(
@@ -179,6 +184,8 @@ TABLE: dict[str, Callable[[], Given]] = {
     "testing.injector:inject": injecting,
     "testing.plan:Plan": lambda: given((testing.Slow(0, 1),), 0, None),
     "testing.plan:parse": lambda: given('{"faults": [{"fault": "Slow"}], "seed": 7}'),
+    "trace.ranges:range": lambda: given("augment")._replace(then=entered),
+    "trace.ranges:range.__call__": lambda: on(mpidl.range("augment"), closed),
     "trainer:Trainer": a_trainer,
     "trainer:Trainer.evaluate": evaluate,
     "trainer:Trainer.fit": fit,

@@ -10,9 +10,10 @@ import numpy as np
 from mpidl.array import GRAIN, UPDATE_BLOCK_BYTES, blocks, to_numpy
 from mpidl.errors import NonFiniteGradient
 from mpidl.optim.base import Layers, check_used
+from mpidl.optim.kernels import kernel_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mpidl.array import Array, Averages
     from mpidl.bucket import Bucket
@@ -39,6 +40,8 @@ class Update:
     ) -> None:
         self.world, self.strategy, self.buckets = world, strategy, buckets
         self.optimizers, self.clip = optimizers, clip
+        #: averages and updates in one pass: of strategies that can
+        self._fuse: Callable[..., None] | None = getattr(strategy, "fuse", None)
         self._owned = [strategy.owned(flat.param.size) for flat in buckets]
         self._layers: list[Layers] = []
         self.states: list[dict[str, Array]] = []  #: of each bucket's owned part
@@ -70,10 +73,16 @@ class Update:
             self.world.mark.at("bucket {} of step {}", (i, step))
             owned, optimizer = self._owned[i], self.optimizers[flat.group]
             param, grad = flat.param[owned], flat.grad[owned]
-            means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
-            averages = self._blocks(means, owned.start, factor)
-            optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
-            check_used(optimizer, averages)
+            fuses = self._fuse is not None and not averaged and not self.clip.bounds_late
+            kernel = kernel_of(optimizer, step) if fuses else None
+            if kernel is not None and self._fuse is not None:
+                self._fuse(flat.grad, weight, kernel, param, self.states[i])
+                self.world.mark.progress += 1
+            else:
+                means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
+                averages = self._blocks(means, owned.start, factor)
+                optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
+                check_used(optimizer, averages)
             if publishes:
                 self.strategy.share(flat.param)
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from tests import stand_in_cuda
+
 API = json.loads(Path(__file__).with_name("cupy_api.json").read_text())
 VERSIONS = f"CuPy {' to '.join(API['versions'])}"
 
@@ -127,7 +129,9 @@ class ndarray:  # noqa: N801
     __array_ufunc__ = None
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, host: np.ndarray) -> None:
+    def __init__(self, host: Any, dtype: Any = None, memptr: Any = None) -> None:
+        if memptr is not None:  # as CuPy's, of memory from elsewhere
+            host = memptr.array(host, dtype)
         assert host.dtype.char in "?bBhHiIlLqQefdFD", f"CuPy has no arrays of {host.dtype}"
         self.host = host
 
@@ -150,6 +154,10 @@ class ndarray:  # noqa: N801
     def flags(self) -> types.SimpleNamespace:
         names = (name for name in API["flags"] if hasattr(self.host.flags, name))
         return types.SimpleNamespace(**{name: getattr(self.host.flags, name) for name in names})
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.host.ctypes.data)
 
     @property
     def base(self) -> ndarray | None:
@@ -302,7 +310,7 @@ class Generator:
 def modules() -> dict[str, types.ModuleType]:
     """Return what `import cupy` and `import cupyx` are to find, by name."""
     cupy, cupyx = Namespace("cupy"), types.ModuleType("cupyx")
-    stream = types.SimpleNamespace(synchronize=synchronize)
+    stream = types.SimpleNamespace(synchronize=synchronize, ptr=1)
     tricks = {
         name: functools.partial(call, name, text, getattr(np.lib.stride_tricks, name))
         for name, text in API["lib.stride_tricks"].items()
@@ -312,12 +320,14 @@ def modules() -> dict[str, types.ModuleType]:
         cuda=types.SimpleNamespace(
             get_current_stream=lambda: stream,
             Device=lambda _: types.SimpleNamespace(use=lambda: None),
-            runtime=types.SimpleNamespace(
-                getDeviceCount=lambda: 1,
-                getDevice=lambda: 0,
-                getDeviceProperties=lambda _: {"uuid": str(os.getpid()).encode()},
-                deviceGetPCIBusId=lambda _: "0000:00:00.0",
-            ),
+            Event=stand_in_cuda.Event,
+            UnownedMemory=stand_in_cuda.UnownedMemory,
+            MemoryPointer=stand_in_cuda.MemoryPointer,
+            runtime=stand_in_cuda.runtime(synchronize),
+        ),
+        RawModule=functools.partial(stand_in_cuda.RawModule, submit),
+        get_default_memory_pool=lambda: types.SimpleNamespace(
+            free_all_blocks=stand_in_cuda.GPU.free_pool
         ),
         lib=types.SimpleNamespace(stride_tricks=types.SimpleNamespace(**tricks)),
         random=types.SimpleNamespace(Generator=Generator, Philox4x3210=lambda seed: seed),

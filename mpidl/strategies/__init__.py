@@ -18,6 +18,7 @@ from mpidl.strategies import auto
 from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
 from mpidl.strategies.base import Strategy, in_turn, publish_in_turn
+from mpidl.strategies.device_hierarchical import DeviceHierarchical
 from mpidl.strategies.hierarchical import Hierarchical
 from mpidl.strategies.horovod import Horovod
 from mpidl.strategies.parameter_server import ParameterServer
@@ -40,6 +41,8 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "sharded": Sharded,
 }
 
+#: What has a class of its own for models on a GPU.
+ON_DEVICE: dict[str, Callable[..., Strategy]] = {"hierarchical": DeviceHierarchical}
 #: What combines gradients into something else than their mean.
 RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
 #: Of STRATEGIES, what needs another library to average: it is never chosen unasked.
@@ -50,12 +53,14 @@ ADD_BY_TREE = ("hierarchical",)  # the option `microbatches`
 __all__ = [
     "ADD_BY_TREE",
     "LIBRARIES",
+    "ON_DEVICE",
     "RULES",
     "STRATEGIES",
     "TAKE_CODECS",
     "Adasum",
     "AllReduce",
     "Choice",
+    "DeviceHierarchical",
     "Hierarchical",
     "Horovod",
     "ParameterServer",
@@ -138,8 +143,9 @@ def make(
     if microbatches is not None and world.size > 1:
         options["microbatches"] = microbatches
     try:
-        made = {**STRATEGIES, **RULES}[name](world, **options)
-        if made.shared:  # a trial: as much as will be needed, though not yet used
+        kinds = {**STRATEGIES, **RULES, **(ON_DEVICE if on_device else {})}
+        made = kinds[name](world, **options)
+        if made.shared and not on_device:  # a trial: as much as will be needed, though not yet used
             shared.allocate(world, max(1, size * (1 + world.local_size)))
         return _chosen(made, name, why, coded)
     except NoSharedMemory as error:  # on every rank
@@ -148,7 +154,7 @@ def make(
             why = f"each rank as a node of its own: {error}"
             world, fallback = world.apart(), name
         else:
-            fallback = auto.FALLBACK
+            fallback = auto.FALLBACK_ON_DEVICE if on_device else auto.FALLBACK
         if world.rank == 0:
             warnings.warn(f'strategy "{fallback}" {why}', RuntimeWarning, stacklevel=3)
         return _chosen(STRATEGIES[fallback](world, **options), fallback, why, coded)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 SMALL_BYTES = 1 << 12  # measured: below, MPI_Allreduce takes less time
 SMALL_BYTES_BETWEEN_NODES = 1 << 16
 FALLBACK = "sharded"  # where a node's memory cannot be shared: it moves as few bytes, and owns 1/P
+FALLBACK_ON_DEVICE = "allreduce"  # where GPUs do not reach each other's memory
 
 
 def choose(world: World, size: int, *, on_device: bool) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl import nn, optim
+from mpidl import fused, nn, optim
 from mpidl.array import to_device, to_numpy
 from mpidl.errors import InvalidArgument, NoPeerAccess, OutOfDeviceMemory
 from mpidl.strategies import DeviceHierarchical, Hierarchical, make
@@ -78,8 +78,16 @@ def test_means_have_the_hosts_bits(
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_has_the_hosts_bits(
-    name: str, gpus: Any, world: mpidl.World, rng: np.random.Generator, own: np.random.Generator
+    name: str,
+    gpus: Any,
+    world: mpidl.World,
+    rng: np.random.Generator,
+    own: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    launched = []
+    update = fused.update
+    monkeypatch.setattr(fused, "update", lambda *a: (launched.append(1), update(*a)))
     seed = int(rng.integers(1 << 30))
     batches = [own.standard_normal((5 + world.rank, 6)).astype(np.float32) for _ in range(3)]
     found = []
@@ -96,6 +104,7 @@ def test_training_has_the_hosts_bits(
         assert len(set(map(tuple, world.gather(found[-1])))) == 1
         replica.close()
     assert found[0] == found[1]
+    assert len(launched) == (0 if name == "LAMB" else len(batches))  # of the device alone
 
 
 def test_the_gpus_do_not_wait_for_the_host(world: mpidl.World, xp: Any) -> None:

@@ -65,11 +65,6 @@ def _dtype(real: np.dtype[Any]) -> np.dtype[Any]:
     )
 
 
-def real_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return what sums of this dtype are made in: float32, or float64 for itself."""
-    return np.dtype(np.float64 if dtype.name == "float64" else np.float32)
-
-
 @cache
 def _module(stored: str, ranks: int, copies: int) -> Any:
     """Return the kernels, compiled for arrays of this dtype, so many ranks and copies."""

@@ -19,6 +19,7 @@ from mpidl.microbatches import Microbatches
 from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
+from mpidl.precision import mixed
 from mpidl.row_count import RowCount
 from mpidl.update import Update
 from mpidl.weigh import weigh
@@ -77,6 +78,7 @@ class DataParallel:
             one node too, and warns where it cannot be.
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
             `overlap` as many at once as let the last be averaged the soonest.
+        precision: "fp16" computes in float16, with float32 master weights: `mpidl.precision`.
         audit_every: in every so many updates, see whether all ranks have the same parameters, bit
             by bit, and finite ones; 0 for never. With `local_steps` after they were averaged. Not
             with an asynchronous strategy. `audit.look` does it at once.
@@ -98,6 +100,7 @@ class DataParallel:
         codec: codecs.Spec = None,
         overlap: bool | str = "auto",
         bucket_bytes: int | str = "auto",
+        precision: str | None = None,
         audit_every: int = 1000,
     ) -> None:
         self.world = world or current()
@@ -126,18 +129,21 @@ class DataParallel:
             bucket_bytes=bucket_bytes,
         )
         self._asynchronous = getattr(strategy, "asynchronous", False)
+        others = {"accumulate": accumulate > 1, "microbatches": microbatches is not None}
+        others |= {"check_finite": check_finite, "local_steps": (several := local_steps > 1)}
+        without = {**others, "codec": codec is not None}
+        half = precision, strategy, without
+        self.precision, optimizers = mixed(self.world, model, optimizers, *half)
         arrays = {name: p.data for name, p in self.parameters.items()}
         size = sum(data.nbytes for data in arrays.values())
         on_device = any(map(is_device, arrays.values()))
         beside = for_thread(
             self.world,
             overlap,
-            ("accumulate", accumulate > 1),
-            ("microbatches", microbatches is not None),
-            ("check_finite", check_finite),
-            ("local_steps", local_steps > 1),
+            *others.items(),
             ("an asynchronous strategy", self._asynchronous),
             ("a strategy that was made for this thread", not made_for_thread(strategy)),
+            ("precision", self.precision is not None),
             ("a model on the GPU", on_device),
         )
         self.choice = strategies.make(
@@ -147,6 +153,7 @@ class DataParallel:
             codec=codec,
             microbatches=microbatches,
             on_device=on_device,
+            half=self.precision is not None,
         )
         self.strategy = self.choice.strategy
         at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
@@ -162,9 +169,7 @@ class DataParallel:
                 microbatches, self.world, self.buckets, self.choice.partials, means
             )
         self.audit = Audit(self.world, self.strategy, self.buckets, self._frozen, audit_every)
-        self._local = (
-            None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
-        )
+        self._local = LocalSteps(self.world, self.strategy, local_steps) if several else None
         group = self._local or self
         kind = AsynchronousUpdate if self._asynchronous else Update
         self.update = kind(group.world, group.strategy, self.buckets, optimizers, clip)
@@ -172,16 +177,9 @@ class DataParallel:
         self._count = count = RowCount(model)
         self._overlap: Overlap | None = None
         if beside is not None:
-            self._overlap = Overlap(
-                self.world,
-                beside,
-                self.strategy,
-                self.buckets,
-                self.parameters,
-                lambda: count.rows,
-                group_bytes=None if bucket_bytes == "auto" else at_once,
-                asked=overlap is True,
-            )
+            among = self.world, beside, self.strategy, self.buckets, self.parameters
+            size_of, asked = None if bucket_bytes == "auto" else at_once, overlap is True
+            self._overlap = Overlap(*among, lambda: count.rows, group_bytes=size_of, asked=asked)
 
     def step(self, weight: float | None = None) -> None:
         """Average the gradients over ranks, update, and forget the gradients. Collective.
@@ -200,11 +198,7 @@ class DataParallel:
         could not be counted, and for a parameter that was frozen, or whose memory was replaced.
         With `accumulate` this is at the k-th call, whose group is then forgotten.
         """
-        problem: MpidlError | None = None
-        try:
-            weight = self._weigh(weight)
-        except MpidlError as error:
-            problem, weight = error, 0.0
+        weight, problem = self._weighed(weight)
         if self._accumulation is None:
             self._apply(weight, problem)
             return
@@ -241,25 +235,29 @@ class DataParallel:
             averaged, irregular = self._overlap.finish(weight)
             problem = problem or irregular
         world = self.world if self._local is None else self._local.world
-        begin = world.mark.note if self._asynchronous else world.mark.enter
-        with begin("step {}", (self.steps,)):
+        with (world.mark.note if self._asynchronous else world.mark.enter)(
+            "step {}", (self.steps,)
+        ):
             self._update(world, weight, problem, averaged=averaged)
 
     def _update(
         self, world: World, weight: float, problem: MpidlError | None, *, averaged: bool
     ) -> None:
-        total, stops = weight or 1.0, self._stops
+        total, stops, step, half = weight or 1.0, self._stops, f"step {self.steps}", self.precision
+        overflow = half is not None and problem is None and half.overflows(self.buckets)
         if not self._asynchronous:
-            total, stops = weigh(world, f"step {self.steps}", weight, problem, stops=stops)
+            total, stops, overflow = weigh(world, step, weight, problem, stops, overflow)
         elif problem is not None:
             raise problem
         if self._local is None:
             self.stop_requested = stops
             if total == 0:
-                world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
+                world.agree(MissingBackward(f"{step}: no rank has a sample"))
         unit = weight if self.microbatches is None else self.microbatches.unit
         try:
-            if total:
+            if half is not None:
+                unit = half.unscaled(unit, overflow, step)
+            if total and not overflow:
                 self.update.make(unit / total, self.steps, averaged=averaged)
         finally:
             self._forget()  # they are no longer this rank's own
@@ -268,7 +266,7 @@ class DataParallel:
             defer_each(groups, self._overlap.publish())
         if total and self.microbatches is not None:
             self.microbatches.means.publish(unit / total)
-        self.steps += 1
+        self.steps += not overflow
         supervised.note_step(self.steps)
 
     @property
@@ -333,17 +331,20 @@ class DataParallel:
             self._overlap.close()
         self.update.close()
         self._placement.release()
+        self.precision = None  # which ends it: the model is in float32 again
         self.strategy.close()
         self.buckets.clear()
         self.states.clear()
         self._accumulation = None
 
-    def _weigh(self, weight: float | None) -> float:
-        """Return this rank's weight, its gradients being in order and complete; or raise."""
-        step = f"step {self.steps}"
-        self._placement.check(step)
-        have = any(p.grad is not None for p in self.parameters.values())
-        weight = self._count.weight(weight, step, gradients=have)
-        begun = self._overlap is not None and self._overlap.begun
-        self._placement.complete(step, counts=bool(weight) or begun, finite=self.check_finite)
-        return weight
+    def _weighed(self, weight: float | None) -> tuple[float, MpidlError | None]:
+        """Return this rank's weight, its gradients being in order and complete; or a problem."""
+        step, begun = f"step {self.steps}", self._overlap is not None and self._overlap.begun
+        try:
+            self._placement.check(step)
+            have = any(p.grad is not None for p in self.parameters.values())
+            found = self._count.weight(weight, step, gradients=have)
+            self._placement.complete(step, counts=bool(found) or begun, finite=self.check_finite)
+        except MpidlError as error:
+            return 0.0, error
+        return found, None

@@ -1,7 +1,7 @@
 """GPU memory that the ranks of a node map, each other's, and the order of their work on it.
 
-By CUDA IPC (CUDA Runtime API, section 6.11): between GPUs that reach each other's memory, and between
-processes on one GPU.
+By CUDA IPC (of the CUDA Runtime API: Device Management): between GPUs that reach each other's
+memory, and between processes on one GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from mpidl import shared
 from mpidl.array import gpu_name
-from mpidl.errors import NoPeerAccess, OutOfDeviceMemory
+from mpidl.errors import MpidlError, NoPeerAccess, OutOfDeviceMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,8 @@ def allocate(world: World, size: int, what: str) -> list[Region]:
     _sweep()
     runtime = sys.modules["cupy"].cuda.runtime
     size = max(1, -(-size // BLOCK)) * BLOCK
-    address, handle, problem = 0, b"", None
+    address, handle = 0, b""
+    problem: MpidlError | None = None
     try:
         address = _malloc(size, what)
         runtime.memset(address, 0, size)
@@ -104,7 +105,7 @@ def _malloc(size: int, what: str) -> int:
     for last in (False, True):
         try:
             return int(runtime.malloc(size))
-        except runtime.CUDARuntimeError as error:
+        except runtime.CUDARuntimeError as error:  # noqa: PERF203  # twice at most
             if error.status != OUT_OF_MEMORY:
                 raise
             if last:

@@ -9,7 +9,7 @@ from mpidl.array import gpu_of, is_device, namespace, to_numpy
 from mpidl.autograd.pending import settle
 from mpidl.binding import check_gpus
 from mpidl.errors import InvalidArgument, NonFiniteGradient
-from mpidl.staging import Staging
+from mpidl.staging import Staging, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class Placement:
                     staging.host(values[part], read=root, write=not root) as buffer,
                     world.mark.enter("broadcast of parameters"),
                 ):
-                    world.comm.Bcast(buffer)
+                    world.comm.Bcast(wire(buffer))
             owned = strategy.owned(flat.param.size)
             flat.param[owned] = values[owned]
             strategy.share(flat.param)

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 4 << 20  # measured: 64 MiB on one node take 2/3 to 1/4 of the time of one call
 
 
+def wire(array: Array) -> Array:
+    """Return the same bits in a dtype that MPI can send: mpi4py knows no float16."""
+    return array.view("u2") if array.dtype.itemsize == 2 else array
+
+
 class Staging:
     """Hands MPI the array itself, or a pinned copy in host memory where MPI knows no CUDA.
 

@@ -102,6 +102,7 @@ class Trainer:
         keep: int = 3,
         best: str | tuple[str, str] | None = None,
         resume: str | Path | bool = "auto",
+        precision: str | None = None,
         audit_every: int = 1000,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -128,6 +129,7 @@ class Trainer:
             "clip_value": clip_value,
             "accumulate": accumulate,
             "microbatches": microbatches,
+            "precision": precision,
             "audit_every": audit_every,
         }  #: of `DataParallel`
         self.optimizer, self.microbatches = optimizer, microbatches
@@ -219,13 +221,11 @@ class Trainer:
         asked, epochs = epochs, epochs - len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
-        steps = sum(map(len, ahead))
         first = ahead[0] if ahead else batches(0)
         samples = len(first.dataset)
-        if not callable(batch_size):
-            batch_size = first.batch_size
+        batch_size = batch_size if callable(batch_size) else first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        shown = progress.make(steps, shown=self.world.rank == 0 and not self.quiet)
+        shown = progress.make(sum(map(len, ahead)), shown=self.world.rank == 0 and not self.quiet)
         if folder is not None:
             shown = folder.follow(shown, self, ahead)
         with shown, signals.watching() if self.saver is not None else nullcontext():

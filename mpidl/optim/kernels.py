@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidl.optim.adam import Adam, AdamW
 from mpidl.optim.base import rate
+from mpidl.optim.master import MasterWeights
 from mpidl.optim.sgd import SGD
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def kernel_of(optimizer: Optimizer, step: int) -> Kernel | None:
 
     Of classes derived from these nobody knows what their update is.
     """
+    if isinstance(optimizer, MasterWeights):
+        optimizer = optimizer.optimizer
     found = KERNELS.get(type(optimizer))
     return None if found is None else found(optimizer, step)
 

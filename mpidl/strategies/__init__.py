@@ -48,6 +48,7 @@ RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
 #: Of STRATEGIES, what needs another library to average: it is never chosen unasked.
 LIBRARIES = ("horovod",)
 TAKE_CODECS = ("hierarchical", "ring")  # the option `codec`
+TAKE_HALF = ("allreduce", "hierarchical", "sharded")  # arrays of float16
 ADD_BY_TREE = ("hierarchical",)  # the option `microbatches`
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "RULES",
     "STRATEGIES",
     "TAKE_CODECS",
+    "TAKE_HALF",
     "Adasum",
     "AllReduce",
     "Choice",
@@ -71,6 +73,7 @@ __all__ = [
     "make",
     "own",
     "publish_in_turn",
+    "takes_half",
 ]
 
 
@@ -94,13 +97,15 @@ def make(
     codec: codecs.Spec = None,
     microbatches: int | None = None,
     on_device: bool = False,
+    half: bool = False,
 ) -> Choice:
     """Return the strategy of this name, made for `world`; an instance is returned as it is.
 
     Collective. "auto" chooses by topology, by the `size` of all parameters in bytes, by whether
-    they are `on_device`, and by whether there is a codec or `microbatches`. Where the ranks of a
-    node cannot share memory, "hierarchical" becomes "sharded", with a warning that says what to
-    change; with a codec or microbatches it stays itself, and takes each rank for a node.
+    they are `on_device`, or in float16 (`half`), and by whether there is a codec or `microbatches`.
+    Where the ranks of a node cannot share memory, "hierarchical" becomes "sharded" (on GPUs
+    "allreduce"), with a warning that says what to change; with a codec or microbatches it stays
+    itself, and takes each rank for a node.
 
     Raises on every rank UnknownStrategy for a name that any rank does not know, InvalidArgument
     for a class, for an unknown codec, for one that the strategy does not take, and for microbatches
@@ -135,6 +140,8 @@ def make(
     name, why = strategy, "as asked for"
     if strategy == "auto":
         name, why = auto.choose(world, size, on_device=on_device)
+        if half and name == "hierarchical" and world.nodes > 1:
+            name, why = auto.FALLBACK, f"{world.nodes} nodes, and float16"
         if coded is not None and name not in TAKE_CODECS:
             name, why = TAKE_CODECS[0], "it takes the codec"
         if microbatches is not None and world.size > 1:
@@ -190,6 +197,12 @@ def _check_microbatches(
         )
     if problem:
         raise InvalidArgument(f"{microbatches=} with {problem}")
+
+
+def takes_half(strategy: str | Strategy) -> bool:
+    """Return whether a strategy, or the one of this name, may be given arrays of float16."""
+    kinds = [kind for kinds in (STRATEGIES, ON_DEVICE) for kind in map(kinds.get, TAKE_HALF)]
+    return strategy in (*TAKE_HALF, "auto") or type(strategy) in kinds
 
 
 def own() -> dict[str, Callable[..., Strategy]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
+from mpidl.array import real_of
 from mpidl.staging import Staging
 from mpidl.strategies.base import in_turn, private, publish_in_turn
 
@@ -41,7 +42,7 @@ class AllReduce:
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) in place, chunk by chunk. Collective."""
         for part in self.staging.chunks(grad):
-            chunk = grad[part]
+            chunk = grad[part].astype(real_of(grad.dtype), copy=False)  # sums of float16
             if weight != 1:
                 chunk *= weight
             if self.world.size > 1:

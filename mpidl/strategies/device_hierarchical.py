@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from mpidl import fused, node_sums, peers
-from mpidl.array import ALIGNMENT_BYTES, gpu_of, namespace
+from mpidl.array import ALIGNMENT_BYTES, gpu_of, namespace, real_of
 from mpidl.errors import InvalidArgument
 from mpidl.peers import Order, Region
 from mpidl.strategies.base import publish_in_turn
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mpidl.array import Array, Averages, Layout, Stream
-    from mpidl.optim.kernels import Kernel
     from mpidl.world import World
 
 LINE = ALIGNMENT_BYTES // 4  # elements, as in `Hierarchical`: loads of 128 bits begin at multiples
@@ -123,13 +122,13 @@ class DeviceHierarchical:
         self,
         grad: Array,
         weight: float,
-        kernel: Kernel,
+        kernel: Any,
         master: Array,
         states: dict[str, Array],
     ) -> None:
         """Do what `reduce` and an optimizer do, and write all copies of the parameters. Collective.
 
-        `master` (owned part) are the parameters in the dtype of sums: float32, or float64.
+        `kernel` is an `optim.kernels.Kernel`; `master` (owned part) are the parameters in the dtype of sums: float32, or float64.
         `share` is to follow.
         """
         weights = self._gather(weight)
@@ -153,7 +152,7 @@ class DeviceHierarchical:
 
     def _mean(self, size: int, like: Array) -> Array:
         """Return memory for means, which is used again: work on a stream keeps its order."""
-        key = size, fused.real_of(like.dtype)
+        key = size, real_of(like.dtype)
         if key not in self._means:
             self._means[key] = namespace(like).empty(*key)
         return self._means[key]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpidl import fused, optim
-from mpidl.array import to_numpy
+from mpidl.array import real_of, to_numpy
 from mpidl.node_sums import in_order
 from mpidl.optim.kernels import kernel_of
 from tests import stand_in_cuda
@@ -45,7 +45,7 @@ def pointers(arrays: list[Any]) -> list[int]:
 @pytest.mark.parametrize("equal", [True, False], ids=["equal weights", "other weights"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_means_are_the_hosts(dtype: str, equal: bool, xp: Any, rng: Rng) -> None:
-    real = fused.real_of(np.dtype(dtype))
+    real = real_of(dtype)
     for size in (1, 7, 16, 1000, 5003):
         host = [rng.standard_normal(size).astype(dtype) for _ in range(3)]
         weights = [1 / 3] * 3 if equal else rng.uniform(0, 1, 3).tolist()

@@ -27,6 +27,10 @@ SIZES = {
 }  # fmt: skip
 RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK",
          "FLUX_TASK_RANK", "PALS_RANKID", "ALPS_APP_PE", "PMIX_RANK", "SLURM_PROCID")  # fmt: skip
+TRANSPORTS = ("CUDA_VISIBLE_DEVICES", "FI_", "I_MPI_OFFLOAD", "MPICH_GPU_SUPPORT_ENABLED",
+              "MV2_USE_CUDA", "OMPI_MCA_accelerator", "OMPI_MCA_btl", "OMPI_MCA_coll",
+              "OMPI_MCA_opal_cuda", "OMPI_MCA_osc", "OMPI_MCA_pml", "PSM2_CUDA",
+              "UCX_")  # fmt: skip
 SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # of slurm.h: numbers of steps from here on are no users' steps
 LEAST_LEASE = 1.0  # seconds: a lease is asked for twice a second
 
@@ -34,6 +38,25 @@ LEAST_LEASE = 1.0  # seconds: a lease is asked for twice a second
 def cuda_aware() -> str:
     """MPIDL_CUDA_AWARE: "yes" or "no" overrules what the MPI library says; "auto" asks it."""
     return _choice("MPIDL_CUDA_AWARE", "auto", ("auto", "yes", "no"))
+
+
+def own_job() -> dict[str, str]:
+    """Return the environment without what a launcher adds, so that a child is a job of its own."""
+    added = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "HYDRA_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(added)}
+
+
+def transports() -> dict[str, str]:
+    """Return the variables that decide what MPI does with GPU memory, and CUDA_VISIBLE_DEVICES."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(TRANSPORTS)}
+
+
+def cache_folder() -> Path | None:
+    """XDG_CACHE_HOME, or ~/.cache: where this user's "mpidl" is; None where there is no home."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not Path(home).is_absolute():  # as the specification of these folders wants it
+        home = os.path.expanduser("~/.cache")  # noqa: PTH111  # raises nothing
+    return Path(home) / "mpidl" if Path(home).is_absolute() else None
 
 
 def terminal_width() -> int | None:

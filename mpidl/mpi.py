@@ -153,15 +153,19 @@ def vendor(version: str) -> str:
     return next((name for word, name in known.items() if word in version.lower()[:60]), "unknown")
 
 
-def cuda_aware() -> str:
-    """Return "yes", "no" or "unknown": whether MPI may be given a pointer to GPU memory.
+def library_path() -> str:
+    """Return the path of the MPI library that is loaded; "" where it cannot be told."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "/libmpi" in line}
+    return min(paths, default="")
 
-    MPIDL_CUDA_AWARE decides if it is set. Otherwise the library's own answer, where it has
-    one (Open MPI and MPICH: MPIX_Query_cuda_support). Does not start MPI.
+
+def says_cuda_aware() -> str:
+    """Return "yes", "no" or "unknown": what the library says of itself, which is a hint.
+
+    By MPIX_Query_cuda_support, which Open MPI and MPICH have. Does not start MPI. Whether it is so
+    is measured: see `cuda_aware`.
     """
-    wanted = config.cuda_aware()
-    if wanted != "auto":
-        return wanted
     library = ctypes.CDLL(load().__file__)  # finds the functions of the MPI it is linked to
     query = getattr(library, "MPIX_Query_cuda_support", None)
     if query is None:

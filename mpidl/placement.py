@@ -41,7 +41,7 @@ class Placement:
         self._places: dict[str, tuple[Array, Array]] = {}
         self._shared = strategy.shared
         check_gpus(world, gpu_of(buckets[0].param) if buckets else None)
-        staging, root = Staging(), world.rank == 0
+        staging, root = Staging(world), world.rank == 0
         for flat in buckets:
             values = namespace(flat.param).zeros_like(flat.param)
             for name, part in flat.slices().items():

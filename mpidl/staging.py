@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mpidl import mpi
 from mpidl.array import is_device, synchronize
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mpidl.array import Array
+    from mpidl.world import World
 
 CHUNK_BYTES = 4 << 20  # measured: 64 MiB on one node take 2/3 to 1/4 of the time of one call
 
@@ -31,13 +31,16 @@ class Staging:
     The pinned memory is kept for the next call. Each strategy that moves bytes has one of these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._pinned: dict[tuple[int, str], Array] = {}
 
     @cached_property
     def direct(self) -> bool:
-        """Whether MPI takes pointers to GPU memory; "unknown" counts as no, which always works."""
-        return mpi.cuda_aware() == "yes"
+        """Whether MPI takes pointers to GPU memory, on all nodes. Collective when first asked."""
+        from mpidl import cuda_aware  # few runs need it
+
+        return cuda_aware.agreed(self._world)
 
     def chunks(self, array: Array) -> Iterator[slice]:
         """Cut `array` (n,) into slices for one MPI call each, short enough to stay in cache.

@@ -128,13 +128,14 @@ class Event:
     def __init__(
         self, block: bool = False, disable_timing: bool = False, interprocess: bool = False
     ) -> None:
+        self.block = block
         assert disable_timing or not interprocess, "no event for processes keeps the time"
         self.ptr = malloc(mmap.PAGESIZE) if interprocess else id(self)
         self.recorded = 0
         if interprocess:
             memset(self.ptr, 0, 8)
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, _stream: Any = None) -> None:
         self.recorded += 1
         if self.ptr in _memory:
             ctypes.c_int64.from_address(self.ptr).value += 1
@@ -143,12 +144,12 @@ class Event:
         assert self.recorded, "waits for an event that nobody recorded"
 
 
-def wait_event(stream: int, event: int, flags: int = 0) -> None:
+def wait_event(_stream: int, event: int, _flags: int = 0) -> None:
     assert ctypes.c_int64.from_address(event).value, "waits for an event that nobody recorded"
 
 
 class UnownedMemory:
-    def __init__(self, ptr: int, size: int, owner: Any, device_id: int = -1) -> None:
+    def __init__(self, ptr: int, size: int, owner: Any, _device_id: int = -1) -> None:
         self.ptr, self.size, self.owner = ptr, size, owner
 
 

@@ -29,7 +29,7 @@ class AllReduce:
     shared: ClassVar[bool] = False
 
     def __init__(self, world: World) -> None:
-        self.world, self.staging = world, Staging()
+        self.world, self.staging = world, Staging(world)
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""

@@ -128,7 +128,8 @@ class DeviceHierarchical:
     ) -> None:
         """Do what `reduce` and an optimizer do, and write all copies of the parameters. Collective.
 
-        `kernel` is an `optim.kernels.Kernel`; `master` (owned part) are the parameters in the dtype of sums: float32, or float64.
+        `kernel` is an `optim.kernels.Kernel`; `master` (owned part) are the parameters in the dtype
+        of sums: float32, or float64.
         `share` is to follow.
         """
         weights = self._gather(weight)

@@ -33,6 +33,8 @@ LEVELS = {
     "making": 1,
     "marks": 1,
     "mpi": 1,
+    "cuda_aware": 1,
+    "cuda_probe": 1,
     "peers": 1,
     "shared": 1,
     "tree": 1,

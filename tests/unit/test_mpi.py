@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from mpidl import mpi
-from mpidl.errors import InvalidArgument, LauncherMismatch
+from mpidl.errors import LauncherMismatch
 
 VERSIONS = {  # what MPI_Get_library_version says, and the vendor
     "Open MPI v5.0.8, package: Open MPI root@x Distribution, ident: 5.0.8, repo rev: v5": "openmpi",
@@ -205,19 +205,6 @@ def test_rank_0_tells_what_srun_has(
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
-@pytest.mark.parametrize("value", ["yes", "no"])
-def test_the_user_overrules_the_library(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPIDL_CUDA_AWARE", value)
-    monkeypatch.setattr(mpi, "load", lambda: pytest.fail("the library was asked"))
-    assert mpi.cuda_aware() == value
-
-
-def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPIDL_CUDA_AWARE", "maybe")
-    with pytest.raises(InvalidArgument, match="expected one of auto, yes, no"):
-        mpi.cuda_aware()
-
-
 @pytest.mark.parametrize(
     ("library", "expected"),
     [
@@ -230,4 +217,4 @@ def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_library_is_asked(library, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpi, "load", lambda: SimpleNamespace(__file__="/opt/MPI.so"))
     monkeypatch.setattr(mpi.ctypes, "CDLL", {"/opt/MPI.so": library}.__getitem__)
-    assert mpi.cuda_aware() == expected
+    assert mpi.says_cuda_aware() == expected

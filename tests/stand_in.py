@@ -310,7 +310,7 @@ class Generator:
 def modules() -> dict[str, types.ModuleType]:
     """Return what `import cupy` and `import cupyx` are to find, by name."""
     cupy, cupyx = Namespace("cupy"), types.ModuleType("cupyx")
-    stream = types.SimpleNamespace(synchronize=synchronize, ptr=1)
+    stream = stand_in_cuda.Stream(synchronize=synchronize)
     tricks = {
         name: functools.partial(call, name, text, getattr(np.lib.stride_tricks, name))
         for name, text in API["lib.stride_tricks"].items()
@@ -321,6 +321,7 @@ def modules() -> dict[str, types.ModuleType]:
             get_current_stream=lambda: stream,
             Device=lambda _: types.SimpleNamespace(use=lambda: None),
             Event=stand_in_cuda.Event,
+            Stream=stand_in_cuda.Stream,
             UnownedMemory=stand_in_cuda.UnownedMemory,
             MemoryPointer=stand_in_cuda.MemoryPointer,
             runtime=stand_in_cuda.runtime(synchronize),
@@ -333,7 +334,7 @@ def modules() -> dict[str, types.ModuleType]:
         random=types.SimpleNamespace(Generator=Generator, Philox4x3210=lambda seed: seed),
     )
     vars(cupyx).update(empty_pinned=lambda size, dtype: np.full(size, 77, dtype))
-    return {"cupy": cupy, "cupyx": cupyx}
+    return {"cupy": cupy, "cupyx": cupyx, "cupy.cuda.nccl": stand_in_cuda.nccl(stream)}
 
 
 def install() -> None:

@@ -21,6 +21,7 @@ from mpidl.strategies.base import Strategy, in_turn, publish_in_turn
 from mpidl.strategies.device_hierarchical import DeviceHierarchical
 from mpidl.strategies.hierarchical import Hierarchical
 from mpidl.strategies.horovod import Horovod
+from mpidl.strategies.nccl import Nccl
 from mpidl.strategies.parameter_server import ParameterServer
 from mpidl.strategies.ring import Ring
 from mpidl.strategies.sharded import Sharded
@@ -36,6 +37,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "hierarchical": Hierarchical,
     "horovod": Horovod,
+    "nccl": Nccl,
     "parameter_server": ParameterServer,
     "ring": Ring,
     "sharded": Sharded,
@@ -45,10 +47,10 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 ON_DEVICE: dict[str, Callable[..., Strategy]] = {"hierarchical": DeviceHierarchical}
 #: What combines gradients into something else than their mean.
 RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
-#: Of STRATEGIES, what needs another library to average: it is never chosen unasked.
-LIBRARIES = ("horovod",)
+#: Of STRATEGIES, what needs another library to average: no ranks go on in it when one is killed.
+LIBRARIES = ("horovod", "nccl")
 TAKE_CODECS = ("hierarchical", "ring")  # the option `codec`
-TAKE_HALF = ("allreduce", "hierarchical", "sharded")  # arrays of float16
+TAKE_HALF = ("allreduce", "hierarchical", "nccl", "sharded")  # arrays of float16
 ADD_BY_TREE = ("hierarchical",)  # the option `microbatches`
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "DeviceHierarchical",
     "Hierarchical",
     "Horovod",
+    "Nccl",
     "ParameterServer",
     "Ring",
     "Sharded",

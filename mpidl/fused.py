@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl.errors import NoPeerAccess
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -76,6 +78,15 @@ def _module(stored: str, ranks: int, copies: int) -> Any:
         "--std=c++14",
     )
     return sys.modules["cupy"].RawModule(code=SOURCE.read_text(), options=options)
+
+
+def problem(ranks: int) -> NoPeerAccess | None:
+    """Return what is wrong where the kernels do not compile; None where they do."""
+    try:
+        _module("float32", ranks, 1).get_function("mean")
+    except Exception as error:  # CuPy's own classes, of NVRTC and of the driver
+        return NoPeerAccess(f"the kernels of {SOURCE.name} do not compile: {error}")
+    return None
 
 
 @cache

@@ -19,6 +19,7 @@ from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
 from mpidl.strategies.base import Strategy, in_turn, publish_in_turn
 from mpidl.strategies.device_hierarchical import DeviceHierarchical
+from mpidl.strategies.fastest import fastest
 from mpidl.strategies.hierarchical import Hierarchical
 from mpidl.strategies.horovod import Horovod
 from mpidl.strategies.nccl import Nccl
@@ -101,11 +102,13 @@ def make(
     microbatches: int | None = None,
     on_device: bool = False,
     half: bool = False,
+    measured: bool = True,
 ) -> Choice:
     """Return the strategy of this name, made for `world`; an instance is returned as it is.
 
     Collective. "auto" chooses by topology, by the `size` of all parameters in bytes, by whether
     they are `on_device`, or in float16 (`half`), and by whether there is a codec or `microbatches`.
+    On GPUs it takes what is `measured` to be the fastest of `auto.ON_DEVICE`.
     Where the ranks of a node cannot share memory, "hierarchical" becomes "sharded" (on GPUs
     "allreduce"), with a warning that says what to change; with a codec or microbatches it stays
     itself, and takes each rank for a node.
@@ -140,9 +143,12 @@ def make(
     world.same(strategy if isinstance(strategy, str) else _describe(strategy), "strategy")
     if not isinstance(strategy, str):
         return Choice(strategy, type(strategy).__name__, "as given")
+    kinds = {**STRATEGIES, **RULES, **(ON_DEVICE if on_device else {})}
     name, why = strategy, "as asked for"
     if strategy == "auto":
         name, why = auto.choose(world, size, on_device=on_device)
+        if measured and on_device and world.size > 1:
+            name, why = fastest(world, size, {one: kinds[one] for one in auto.ON_DEVICE})
         if half and name == "hierarchical" and world.nodes > 1:
             name, why = auto.FALLBACK, f"{world.nodes} nodes, and float16"
         if coded is not None and name not in TAKE_CODECS:
@@ -153,7 +159,6 @@ def make(
     if microbatches is not None and world.size > 1:
         options["microbatches"] = microbatches
     try:
-        kinds = {**STRATEGIES, **RULES, **(ON_DEVICE if on_device else {})}
         made = kinds[name](world, **options)
         if made.shared and not on_device:  # a trial: as much as will be needed, though not yet used
             shared.allocate(world, max(1, size * (1 + world.local_size)))

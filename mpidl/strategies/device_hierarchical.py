@@ -47,18 +47,20 @@ class DeviceHierarchical:
     shared: ClassVar[bool] = True
 
     def __init__(self, world: World) -> None:
-        if world.nodes > 1:
-            raise InvalidArgument(
-                f'strategy "hierarchical" for models on GPUs is for one node, and there are '
-                f'{world.nodes}: use "allreduce", or "auto"'
-            )
-        if world.local_size > fused.MOST:
-            raise InvalidArgument(
-                f'strategy "hierarchical" on GPUs: {world.local_size} ranks of a node, expected at '
-                f"most {fused.MOST}"
-            )
+        with world.together():
+            if world.nodes > 1:
+                raise InvalidArgument(
+                    'strategy "hierarchical" for models on GPUs is for one node, and there are '
+                    f'{world.nodes}: use "nccl", "allreduce", or "auto"'
+                )
+            if world.local_size > fused.MOST:
+                raise InvalidArgument(
+                    f'strategy "hierarchical" on GPUs: {world.local_size} ranks of a node, '
+                    f"expected at most {fused.MOST}"
+                )
         self.world = world
         peers.allocate(world, 1, "a trial")  # before anybody counts on it
+        world.agree(fused.problem(world.local_size))
         self._ready, self._done = Order(world), Order(world)
         self._weights = np.empty(world.local_size)
         self._means: dict[tuple[int, np.dtype[Any]], Array] = {}

@@ -1,4 +1,4 @@
-"""The strategy `nccl`: on the stand-in its sums are MPI's; what it refuses is told on every rank."""
+"""The strategy `nccl`: on the stand-in its sums are MPI's."""
 
 from __future__ import annotations
 

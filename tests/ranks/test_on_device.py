@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import mpidl
 from mpidl import fused, nn, optim
 from mpidl.array import to_device, to_numpy
 from mpidl.errors import InvalidArgument, NoPeerAccess, OutOfDeviceMemory
-from mpidl.strategies import DeviceHierarchical, Hierarchical, make
+from mpidl.strategies import AllReduce, DeviceHierarchical, Hierarchical, auto, make
 from tests import stand_in_cuda
 from tests.ranks.conftest import DEVICE, as_nodes
 
@@ -180,6 +181,43 @@ def test_out_of_memory_names_what_was_wanted(world: mpidl.World, xp: Any) -> Non
         strategy.allocate(1_000_000, np.dtype("float32"), xp)
     with stand_in_cuda.changed(free=0, pooled=1 << 30):  # the pool gives back what it keeps
         strategy.allocate(1_000_000, np.dtype("float32"), xp)
+
+
+def test_auto_takes_what_is_fastest(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch, gpus: Any
+) -> None:
+    choice = make("auto", world, 1 << 16, on_device=True)
+    assert len(set(world.gather((choice.name, choice.why)))) == 1
+    if world.size == 1:
+        assert choice.why == "one rank, nothing to average"
+        return
+    assert choice.name in ("hierarchical", "nccl", "allreduce")
+    assert "measured on 0.0625 MiB: hierarchical " in choice.why and "allreduce " in choice.why
+    if gpus == 1:
+        assert "; not nccl: ranks 0, 1" in choice.why and choice.name != "nccl"
+    for wanted in ("hierarchical", "allreduce"):
+        slow = DeviceHierarchical if wanted == "allreduce" else AllReduce
+        reduce = slow.reduce
+
+        def late(*arguments: Any, reduce: Any = reduce) -> Any:
+            time.sleep(0.05)
+            return reduce(*arguments)
+
+        with monkeypatch.context() as patch:
+            if world.rank == world.size - 1:  # the slowest rank counts
+                patch.setattr(slow, "reduce", late)
+            patch.setattr(auto, "ON_DEVICE", ("hierarchical", "allreduce"))
+            assert make("auto", world, 1 << 16, on_device=True).name == wanted
+
+
+@stand_in_only
+def test_where_kernels_do_not_compile_it_is_told(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if world.rank == world.size - 1:
+        monkeypatch.setattr(fused, "_module", None)
+    with pytest.raises(NoPeerAccess, match=r"the kernels of fused\.cu do not compile"):
+        DeviceHierarchical(world)
 
 
 def test_it_is_for_gpus_of_one_node(world: mpidl.World) -> None:

@@ -122,10 +122,15 @@ def test_an_overflow_on_one_rank_is_skipped_on_all(
 def test_where_no_scale_helps_it_is_told(world: mpidl.World, xp: Any) -> None:
     model = nn.Linear(2, 1).to(DEVICE_OF[xp.__name__])
     replica = mpidl.DataParallel(model, optim.SGD(0.1), world=world, precision="fp16")
-    with pytest.raises(NonFiniteGradient, match="not finite at a loss scale of 1"):
+
+    def train() -> None:
         for _ in range(20):
             (model(xp.ones((1, 2), np.float32)).sum() * np.inf).backward()
             replica.step()
+
+    with pytest.raises(NonFiniteGradient, match="not finite at a loss scale of 1"):
+        train()
+    assert replica.precision is not None and replica.precision.loss_scale.scale == 1
     replica.close()
 
 

@@ -163,9 +163,19 @@ class ndarray:  # noqa: N801
     def base(self) -> ndarray | None:
         return None if self.host.base is None else ndarray(self.host.base)
 
-    def get(self, out: np.ndarray | None = None) -> np.ndarray:
-        synchronize()
+    def get(
+        self,
+        stream: Any = None,
+        order: str = "C",
+        out: np.ndarray | None = None,
+        blocking: bool = True,
+    ) -> np.ndarray:
         transfer()
+        if not blocking:
+            assert stream is not None and out is not None and order == "C"
+            stream.later(lambda: np.copyto(out, self.host))
+            return out
+        synchronize()
         if out is None:
             return self.host.copy()
         assert (out.shape, out.dtype) == (self.shape, self.dtype), "get: another shape or dtype"
@@ -173,11 +183,14 @@ class ndarray:  # noqa: N801
         out[...] = self.host
         return out
 
-    def set(self, arr: np.ndarray) -> None:
+    def set(self, arr: np.ndarray, stream: Any = None) -> None:
         transfer()
         assert type(arr) is np.ndarray, "set: from a NumPy array only"
         assert (arr.shape, arr.dtype) == (self.shape, self.dtype), "set: another shape or dtype"
         assert self.flags.c_contiguous, "set: into a contiguous array only"
+        if stream is not None:
+            stream.later(lambda: np.copyto(self.host, arr))
+            return
         self.host[...] = arr
 
     def __getattr__(self, name: str) -> Any:

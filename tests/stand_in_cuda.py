@@ -133,6 +133,7 @@ class Event:
         assert disable_timing or not interprocess, "no event for processes keeps the time"
         self.ptr = malloc(mmap.PAGESIZE) if interprocess else id(self)
         self.recorded = 0
+        self.of: tuple[Stream, int, int]  # the stream, and what it had been given
         if interprocess:
             memset(self.ptr, 0, 8)
 
@@ -143,10 +144,18 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.recorded, "waits for an event that nobody recorded"
+        stream, _, count = self.of
+        waiting, stream.lazy[:count] = stream.lazy[:count], [_nothing] * count
+        for work in waiting:
+            work()
 
 
 def wait_event(_stream: int, event: int, _flags: int = 0) -> None:
     assert ctypes.c_int64.from_address(event).value, "waits for an event that nobody recorded"
+
+
+def _nothing() -> None:
+    """What a copy is once it is made."""
 
 
 class Stream:
@@ -158,17 +167,26 @@ class Stream:
         self.non_blocking, self.synchronize, self.ptr = non_blocking, synchronize, id(self)
         self.given = 0  # pieces of work
         self.knows: dict[int, int] = {}  # of other streams, by address
+        self.lazy: list[Callable[[], None]] = []  # copies: made when somebody waits for them
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do this as late as can be: who does not wait for it sees what was there before."""
+        self.given += 1
+        self.lazy.append(work)
 
     def record(self, event: Event | None = None) -> Event:
         event = event or Event()
         event.record()
-        event.of = self.ptr, self.given  # type: ignore[attr-defined]
+        event.of = self, self.given, len(self.lazy)
         return event
 
     def wait_event(self, event: Event) -> None:
-        event.synchronize()
-        stream, given = event.of  # type: ignore[attr-defined]
-        self.knows[stream] = given
+        stream, given, _ = event.of
+        self.knows[stream.ptr] = given
+        if self.non_blocking:
+            self.lazy.append(event.synchronize)
+        else:  # work on the current stream is done at once
+            event.synchronize()
 
 
 def nccl(current: Stream) -> types.ModuleType:

@@ -107,6 +107,19 @@ def gpu_of(value: object) -> str | None:
     return f"{runtime.deviceGetPCIBusId(device)} {bytes(uuid).hex()}"
 
 
+def gpu_name() -> str:
+    """Return the place on the PCI bus of the GPU in use, and its model, for errors."""
+    runtime = sys.modules["cupy"].cuda.runtime
+    device = runtime.getDevice()
+    model = bytes(runtime.getDeviceProperties(device).get("name", b"")).decode()
+    return f"{runtime.deviceGetPCIBusId(device)} ({model})"
+
+
+def real_of(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype in which sums of this one are made: float32 for float16, or itself."""
+    return np.dtype(np.float32 if np.dtype(dtype).itemsize < 4 else dtype)
+
+
 def to_device(value: Array, device: str) -> Array:
     """Return `value` in the memory of `device`; the same array if it is there already."""
     xp = device_namespace(device)

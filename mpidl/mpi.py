@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mpidl import config
+from mpidl import config, launched
 from mpidl.errors import InvalidArgument, LauncherMismatch, MPINotFound
 
 HOW_TO_GET_MPI = (
@@ -62,8 +62,8 @@ def start(MPI: Any) -> None:
     """
     alone = config.alone()
     if alone:
-        config.forget_launcher()
-    name, size = (None if alone else config.launched_size()) or ("", 1)
+        launched.forget()
+    name, size = (None if alone else launched.size()) or ("", 1)
     if not MPI.Is_initialized():
         if size > 1 and _is_foreign(name, MPI.Get_library_version()):
             raise _mismatch(MPI, name, size)
@@ -71,7 +71,7 @@ def start(MPI: Any) -> None:
             stack.enter_context(warnings.catch_warnings())
             # the check below says the same, and what to do
             warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
-            if not config.launched():
+            if not launched.found():
                 # alone, Open MPI would leave 16 MiB in /dev/shm for ever, and sleep for a second
                 stack.enter_context(config.setting("OMPI_MCA_btl", "self"))
                 if _from_wheel():  # it would look for its messages where it was built
@@ -104,16 +104,16 @@ def _is_foreign(name: str, version: str) -> bool:
     found = vendor(version)
     if found == "openmpi":
         release = re.search(r"v(\d+)\.", version)
-        return release is not None and int(release[1]) >= 5 and not config.speaks_pmix()
+        return release is not None and int(release[1]) >= 5 and not launched.speaks_pmix()
     if name.startswith("OMPI_"):
         return found != "unknown"
     without = "configure:" in version and "pmix" not in version.lower()
-    return found == "mpich" and without and config.speaks_pmix() and not config.speaks_pmi()
+    return found == "mpich" and without and launched.speaks_pmix() and not launched.speaks_pmi()
 
 
 def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
     version = MPI.Get_library_version()
-    by = config.launched_by()
+    by = launched.by()
     flag = FLAGS.get((by, vendor(version)))
     if flag is None and by == "srun":
         flag = "srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH and its kin)"
@@ -129,7 +129,7 @@ def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
 
 def _offer(flag: str) -> str:
     """Return what srun says of its plug-ins. Asked once, on rank 0."""
-    found = srun_plugins() if "srun" in flag and config.launched_rank() == 0 else []
+    found = srun_plugins() if "srun" in flag and launched.rank() == 0 else []
     return f" (this SLURM has {', '.join(found)})" if found else ""
 
 
@@ -165,15 +165,19 @@ def vendor(version: str) -> str:
     return next((name for word, name in known.items() if word in version.lower()[:60]), "unknown")
 
 
-def cuda_aware() -> str:
-    """Return "yes", "no" or "unknown": whether MPI may be given a pointer to GPU memory.
+def library_path() -> str:
+    """Return the path of the MPI library that is loaded; "" where it cannot be told."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "/libmpi" in line}
+    return min(paths, default="")
 
-    MPIDL_CUDA_AWARE decides if it is set. Otherwise the library's own answer, where it has
-    one (Open MPI and MPICH: MPIX_Query_cuda_support). Does not start MPI.
+
+def says_cuda_aware() -> str:
+    """Return "yes", "no" or "unknown": what the library says of itself, which is a hint.
+
+    By MPIX_Query_cuda_support, which Open MPI and MPICH have. Does not start MPI. Whether it is so
+    is measured: see `cuda_aware`.
     """
-    wanted = config.cuda_aware()
-    if wanted != "auto":
-        return wanted
     library = ctypes.CDLL(load().__file__)  # finds the functions of the MPI it is linked to
     query = getattr(library, "MPIX_Query_cuda_support", None)
     if query is None:

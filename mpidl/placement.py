@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from mpidl.array import gpu_of, is_device, namespace, to_numpy
 from mpidl.autograd.pending import settle
 from mpidl.binding import check_gpus
-from mpidl.errors import InvalidArgument, NonFiniteGradient
-from mpidl.staging import Staging
+from mpidl.errors import InvalidArgument, MpidlError, NonFiniteGradient
+from mpidl.staging import Staging, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class Placement:
         self._places: dict[str, tuple[Array, Array]] = {}
         self._shared = strategy.shared
         check_gpus(world, gpu_of(buckets[0].param) if buckets else None)
-        staging, root = Staging(), world.rank == 0
+        staging, root = Staging(world), world.rank == 0
         for flat in buckets:
             values = namespace(flat.param).zeros_like(flat.param)
             for name, part in flat.slices().items():
@@ -53,7 +53,7 @@ class Placement:
                     staging.host(values[part], read=root, write=not root) as buffer,
                     world.mark.enter("broadcast of parameters"),
                 ):
-                    world.comm.Bcast(buffer)
+                    world.comm.Bcast(wire(buffer))
             owned = strategy.owned(flat.param.size)
             flat.param[owned] = values[owned]
             strategy.share(flat.param)
@@ -119,17 +119,20 @@ class Placement:
         count: RowCount,
         overlap: Overlap | None,
         finite: bool,
-    ) -> float:
-        """Return this rank's weight, its gradients being in order and complete; or raise.
+    ) -> tuple[float, MpidlError | None]:
+        """Return this rank's weight, its gradients being in order and complete; or a problem.
 
         Those whose average has begun count. See `complete`.
         """
         begun = overlap is not None and overlap.begun
-        self.check(step)
-        have = any(p.grad is not None for p in self._trained.values())
-        weight = count.weight(weight, step, gradients=have)
-        self.complete(step, counts=bool(weight) or begun, finite=finite)
-        return weight
+        try:
+            self.check(step)
+            have = any(p.grad is not None for p in self._trained.values())
+            found = count.weight(weight, step, gradients=have)
+            self.complete(step, counts=bool(found) or begun, finite=finite)
+        except MpidlError as error:
+            return 0.0, error
+        return found, None
 
     def complete(self, step: str, *, counts: bool, finite: bool) -> None:
         """Give every parameter a gradient: 0 where it has no part in the loss, or none `counts`.

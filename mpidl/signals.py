@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpidl import abort, config
+from mpidl import abort, config, launched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ def leave() -> NoReturn:
     the status: a launcher may end with 75 for reasons of its own.
     """
     folder = config.job_folder()
-    if folder is not None and (config.launched_rank() == 0 or config.alone()):
+    if folder is not None and (launched.rank() == 0 or config.alone()):
         with suppress(OSError):  # the script will say that it misses it
             (Path(folder) / AGAIN).touch()
     abort.leave_together(config.EXIT_REQUEUE)

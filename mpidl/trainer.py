@@ -96,6 +96,7 @@ class Trainer:
         keep: int = 3,
         best: str | tuple[str, str] | None = None,
         resume: str | Path | bool = "auto",
+        precision: str | None = None,
         audit_every: int = 1000,
         noise_every: int = 20,
         out: str | Path | None = None,
@@ -125,6 +126,7 @@ class Trainer:
             "clip_value": clip_value,
             "accumulate": accumulate,
             "microbatches": microbatches,
+            "precision": precision,
             "audit_every": audit_every,
             "noise_every": noise_every,
         }  #: of `DataParallel`
@@ -222,8 +224,7 @@ class Trainer:
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
         first = ahead[0] if ahead else batches(0)
         samples = len(first.dataset)
-        if not callable(batch_size):
-            batch_size = first.batch_size
+        batch_size = batch_size if callable(batch_size) else first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
         meter = Meter(sum(map(len, ahead)), lambda: self.losses)
         shown = progress.make(meter, shown=self.world.rank == 0 and not self.quiet)

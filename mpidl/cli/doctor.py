@@ -94,6 +94,7 @@ def _mpi(report: Report) -> None:
     facts["thread_level"] = found["thread_level"]
     facts["ranks_per_node"] = f"{found['ranks_per_node']} of {found['ranks']} in a trial run"
     facts["cuda_aware"] = found["cuda_aware"]
+    facts["says_cuda_aware"] = found.get("says_cuda_aware")
     facts["strategy"] = found["strategy"]
     report.advice.extend(found["warnings"])
     if found["ranks"] != PROBE_RANKS or not found["allreduce_works"]:
@@ -124,9 +125,11 @@ def _gpu(report: Report) -> None:
         facts["gpus"] = json.loads(result.stdout)
     elif driver:
         report.advice.append(f"CuPy finds no GPU: {result.stderr.strip().splitlines()[-1]}")
-    if facts["gpus"] and facts.get("cuda_aware") != "yes":
+    measured = str(facts.get("cuda_aware"))
+    if facts["gpus"] and not measured.startswith("yes"):
         report.advice.append(
-            "MPI does not say that it is CUDA-aware: GPU arrays travel through pinned host memory"
+            f"MPI is not CUDA-aware: {measured}; between nodes GPU arrays travel through pinned "
+            "host memory"
         )
 
 
@@ -154,6 +157,7 @@ LABELS = {
     "cupy": "CuPy",
     "gpus": "GPUs",
     "cuda_aware": "CUDA-aware MPI",
+    "says_cuda_aware": "which it says",
 }
 
 

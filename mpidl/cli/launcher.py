@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpidl import config, cores, mpi
+from mpidl import config, cores, launched, mpi
 from mpidl.errors import InvalidArgument, MPINotFound
 
 if TYPE_CHECKING:
@@ -275,4 +275,4 @@ def _version(launcher: str) -> str:
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without what a launcher adds, so that a child is a job of its own."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(config.TRACES)}
+    return launched.without()

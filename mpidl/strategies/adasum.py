@@ -52,7 +52,7 @@ class Adasum:
     shared: ClassVar[bool] = False
 
     def __init__(self, world: World) -> None:
-        self.world, self.staging = world, Staging()
+        self.world, self.staging = world, Staging(world)
         self._layers: dict[int, list[slice]] = {}  # by id of the gradient
         self._arrived: dict[tuple[Any, str], Array] = {}  # what a partner sends, by kind of array
 

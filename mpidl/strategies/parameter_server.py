@@ -54,7 +54,7 @@ class ParameterServer:
                 "asynchronous=True needs MPI_THREAD_MULTIPLE, and MPI was started without it: let "
                 "mpidl.init() start MPI, or use a library that has it"
             )
-        self.world, self.servers, self.staging = world, servers, Staging()
+        self.world, self.servers, self.staging = world, servers, Staging(world)
         self.asynchronous, self.staleness = asynchronous, staleness
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:

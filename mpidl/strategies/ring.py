@@ -49,7 +49,7 @@ class Ring:
                 f"ring encodes at every hop, which {coded} is not for: expected a codec without "
                 'feedback, such as "fp16", "bf16" or "int8", or the strategy "hierarchical"'
             )
-        self.world, self.chunk_bytes, self.staging = world, chunk_bytes, Staging()
+        self.world, self.chunk_bytes, self.staging = world, chunk_bytes, Staging(world)
         self.codec = coded
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mpidl import config
+from mpidl import config, launched
 from mpidl.errors import InvalidArgument
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -80,7 +80,7 @@ def test_the_size_a_launcher_tells(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert config.launched_size() == expected
+    assert launched.size() == expected
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_rank_a_launcher_tells(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert config.launched_rank() == rank
+    assert launched.rank() == rank
 
 
 @pytest.mark.parametrize(("value", "width"), [("132", 132), ("", None), ("wide", None)])
@@ -118,7 +118,7 @@ def test_the_width_of_the_terminal(
 def test_launched(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if name:
         monkeypatch.setenv(name, "0")
-    assert config.launched() is (name is not None)
+    assert launched.found() is (name is not None)
 
 
 def test_a_setting_is_for_its_context_only(monkeypatch: pytest.MonkeyPatch) -> None:

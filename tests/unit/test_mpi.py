@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpidl import config, mpi
+from mpidl import config, launched, mpi
 from mpidl.errors import InvalidArgument, LauncherMismatch
 
 VERSIONS = {  # what MPI_Get_library_version says, and the vendor
@@ -205,19 +205,6 @@ def test_rank_0_tells_what_srun_has(
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
-@pytest.mark.parametrize("value", ["yes", "no"])
-def test_the_user_overrules_the_library(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPIDL_CUDA_AWARE", value)
-    monkeypatch.setattr(mpi, "load", lambda: pytest.fail("the library was asked"))
-    assert mpi.cuda_aware() == value
-
-
-def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPIDL_CUDA_AWARE", "maybe")
-    with pytest.raises(InvalidArgument, match="expected one of auto, yes, no"):
-        mpi.cuda_aware()
-
-
 @pytest.mark.parametrize(
     ("library", "expected"),
     [
@@ -230,7 +217,7 @@ def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_library_is_asked(library, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpi, "load", lambda: SimpleNamespace(__file__="/opt/MPI.so"))
     monkeypatch.setattr(mpi.ctypes, "CDLL", {"/opt/MPI.so": library}.__getitem__)
-    assert mpi.cuda_aware() == expected
+    assert mpi.says_cuda_aware() == expected
 
 
 @pytest.mark.parametrize(
@@ -244,7 +231,7 @@ def test_each_trains_alone_where_that_is_wanted(
     """MPI finds no launcher then, and each has a folder of its own in that of the job."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(config, "_number", None)
+    monkeypatch.setattr(launched, "_number", None)
     monkeypatch.setenv("MPIDL_OUT", "/runs/sweep")
     assert config.out() == "/runs/sweep"
     monkeypatch.setenv("MPIDL_ALONE", "1")
@@ -255,11 +242,11 @@ def test_each_trains_alone_where_that_is_wanted(
     left = [name for name in environment if name in os.environ]
     assert all(name.startswith("SLURM_") for name in left)
     assert config.out() == f"/runs/sweep/{number}"
-    assert not config.launched()
+    assert not launched.found()
 
 
 def test_who_is_not_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_number", None)
+    monkeypatch.setattr(launched, "_number", None)
     monkeypatch.setenv("MPIDL_ALONE", "1")
     with pytest.raises(InvalidArgument, match=r"^MPIDL_ALONE=1, but Open MPI v5\.0\.11 has .* 4 "):
         mpi.start(MPI(4, OPEN_MPI))

@@ -153,7 +153,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             codec=asked.codec,
             microbatches=asked.microbatches,
             on_device=on_device,
-            measured=False,  # torch's streams are its own: none but "allreduce" waits for them
+            measured=False,  # torch has streams of its own: only "allreduce" waits for them
         )
         self.strategy = self.choice.strategy
         undo.callback(self.strategy.close)

@@ -10,9 +10,10 @@ from mpidl import autograd, data, errors, functional, nn, optim, signals, strate
 from mpidl.autograd import Tensor, no_grad, tensor
 from mpidl.average import average
 from mpidl.errors import MpidlError
+from mpidl.history import Epoch
 from mpidl.onnx import export_onnx
 from mpidl.parallel import DataParallel
-from mpidl.trainer import Epoch, Trainer
+from mpidl.trainer import Trainer
 from mpidl.weights import load, save
 from mpidl.world import World, init
 

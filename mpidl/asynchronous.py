@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.array import is_device, namespace, to_numpy
 from mpidl.errors import InvalidArgument
 from mpidl.server import (
@@ -156,6 +157,7 @@ class AsynchronousUpdate:
         with self.world.mark.enter("barrier of the asynchronous server"):
             self._member.world.wait([self.world.comm.Ibarrier()])
 
+    @clock.counted(clock.REDUCE)
     def _ask(self, request: int) -> None:
         comm, server = self._member.world.comm, self._member.server
         for flat, (_, grad) in zip(self.buckets, self._host, strict=True):
@@ -177,8 +179,10 @@ class AsynchronousUpdate:
             params, grads = self._memory(self.world.rank)
             found = server.serve(request, self._versions[self.world.rank], grads, params)
             answers[self.world.rank] = np.array(found)
+        before = clock.switch(clock.WAIT)
         with self.world.mark.note("wait for the servers' answers"):
             self._member.world.wait(requests)  # leaves the core, maybe to the server
+        clock.switch(before)
         for flat, (param, _) in zip(self.buckets, self._host, strict=True):
             if param is not flat.param:
                 flat.param[...] = namespace(flat.param).asarray(param)

@@ -11,10 +11,11 @@ import numpy as np
 from mpidl import codecs, supervised
 from mpidl.array import is_device, namespace
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.exact import all_equal
 from mpidl.foreign import Memory, memory
 from mpidl.refuse import WRONG, told, wrong
 from mpidl.strategies import AllReduce
-from mpidl.world import all_equal, current
+from mpidl.world import current
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

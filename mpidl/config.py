@@ -36,6 +36,11 @@ def cuda_aware() -> str:
     return _choice("MPIDL_CUDA_AWARE", "auto", ("auto", "yes", "no"))
 
 
+def quiet() -> bool:
+    """MPIDL_QUIET: 1 where a `Trainer` is to show nothing, unless it is told otherwise."""
+    return _choice("MPIDL_QUIET", "0", ("0", "1")) == "1"
+
+
 def terminal_width() -> int | None:
     """MPIDL_TERMINAL: columns of the terminal behind the launcher's pipe; None if there is none.
 

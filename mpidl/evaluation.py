@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from mpidl import exact
 from mpidl.data.dataset import length
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, NonFinite
 from mpidl.nn.predict import evaluating
 from mpidl.refuse import whole
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mpidl.data import Batches, Dataset
+    from mpidl.loss_sum import LossSum
     from mpidl.nn import Module
+    from mpidl.parallel import DataParallel
     from mpidl.trainer import Metric
     from mpidl.world import World
 
@@ -50,3 +53,12 @@ def mean_of(world: World, sums: Sequence[float], samples: int) -> float:
     They are added up without error: the same bits, whoever made which of them.
     """
     return exact.total(chain(*world.gather(sums))) / samples
+
+
+def tell_loss(replica: DataParallel, losses: LossSum, batches: Batches) -> None:
+    """Raise NonFinite on every rank, with the parameter if one is no number. Collective."""
+    replica.audit.look(replica.steps)
+    loss, step = exact.total(losses.parts()), losses.spoiled
+    since = "" if step is None else f", from step {step} of {len(batches)} on"
+    problem = NonFinite(f"epoch {batches.epoch + 1}: the loss is {loss}{since}")
+    replica.world.agree(None if math.isfinite(loss) else problem)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from mpidl import codecs
+from mpidl import clock, codecs
 from mpidl.tree import add, depth
 
 if TYPE_CHECKING:
@@ -281,6 +281,7 @@ class Exchange:
     def _send(self, block: Block, message: Array, rank: int, tag: int) -> None:
         block.requests.append(self.world.comm.Isend(message, rank, tag))
         self.sent_bytes += message.nbytes
+        clock.moved_bytes += message.nbytes
 
     def _receive(self, block: Block, message: Array, rank: int, tag: int) -> None:
         block.requests.append(self.world.comm.Irecv(message, rank, tag))

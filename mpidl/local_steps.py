@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mpidl import clock
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.strategies import Adasum, AllReduce
 
@@ -61,6 +62,7 @@ class LocalSteps:
         if problem is not None:
             raise problem
 
+    @clock.counted(clock.REDUCE)
     def average(self, buckets: Sequence[Bucket]) -> None:
         """Replace the parameters by their mean over ranks. Collective; spoils the gradients."""
         self._calls = 0

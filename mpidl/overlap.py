@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.errors import InvalidArgument
 from mpidl.publisher import Publisher
 from mpidl.reducer import Reducer
@@ -107,6 +108,7 @@ class Overlap:
         """Whether this step's gradients are being averaged."""
         return self._reducer is not None
 
+    @clock.counted(clock.REDUCE)
     def finish(self, weight: float) -> tuple[bool, InvalidArgument | None]:
         """End the step, for `weight` samples. Collective.
 

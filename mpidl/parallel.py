@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from mpidl import bucket, codecs, signals, strategies, supervised
+from mpidl import bucket, clock, codecs, signals, strategies, supervised
 from mpidl.accumulation import Accumulation
 from mpidl.arguments import check_options, check_parameters, parameters_of
 from mpidl.array import Array, is_device
@@ -278,6 +278,7 @@ class DataParallel:
             defer_each(groups, self._overlap.publish())
         if total and self.microbatches is not None:
             self.microbatches.means.publish(unit / total)
+        clock.step(self.steps)
         self.steps += 1
         supervised.note_step(self.steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,11 +13,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mpidl.done import Done
+    from mpidl.history import Epoch
+    from mpidl.meter import Meter
     from mpidl.strategies import Choice
-    from mpidl.trainer import Epoch
     from mpidl.world import World
 
 LINE_SECONDS = 5.0  # between two lines of a log file
+BAR_SECONDS = 0.2  # between two readings of the meter
 PIPE_SECONDS = 0.1
 
 
@@ -29,8 +32,8 @@ class Progress(Protocol):
         self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
     ) -> None: ...
 
-    def step(self, samples: int) -> None:
-        """Count one step, of `samples` samples of the global batch."""
+    def step(self) -> None:
+        """Show that the meter has counted another step."""
 
     def line(self, text: str) -> None:
         """Show a line: what an epoch came to, say."""
@@ -53,78 +56,99 @@ def line(result: Epoch, epochs: int) -> str:
     return f"epoch {number}: loss {result.loss:.4f}{metrics}, {rate}"
 
 
-def make(steps: int, *, shown: bool) -> Progress:
-    """Return the progress for `steps` steps: silent, a bar, or lines on standard error."""
+def make(meter: Meter, *, shown: bool) -> Progress:
+    """Return what shows `meter`: nothing, a bar, or lines on standard error."""
     if not shown:
-        return _Silent()
+        return Silent()
     width = config.terminal_width()
     if width or sys.stderr.isatty():
-        return _Bar(steps, width)
-    return _Lines(steps)
+        return _Bar(meter, width)
+    return _Lines(meter)
 
 
-class _Silent:
-    def __enter__(self) -> _Silent:
+def state(meter: Meter, loss: float) -> str:
+    """Return the loss, if there is one, the speed, and the share of time waiting for others."""
+    shown = f"loss {loss:.4f}, " if not math.isnan(loss) else ""
+    waits = f", {meter.waiting:.0%} waiting" if meter.waiting >= 0.005 else ""
+    return f"{shown}{meter.samples_per_second:,.0f} samples/s{waits}"
+
+
+def duration(seconds: float | None) -> str:
+    """Return "1:02:03", "2:03"; "-:--" where it is not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Silent:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def step(self, samples: int) -> None: ...
+    def step(self) -> None:
+        """Show nothing."""
 
-    def line(self, text: str) -> None: ...
+    def line(self, text: str) -> None:
+        """Show nothing."""
 
 
-class _Lines(_Silent):
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.samples = steps, 0, 0
-        self.start = self.shown = time.perf_counter()
+class _Lines(Silent):
+    def __init__(self, meter: Meter) -> None:
+        self.meter, self.since = meter, meter.begin()
 
-    def step(self, samples: int) -> None:
-        self.done += 1
-        self.samples += samples
-        now = time.perf_counter()
-        if now - self.shown > LINE_SECONDS:
-            self.shown = now
-            rate = self.samples / (now - self.start)
-            self.line(f"step {self.done} of {self.steps}, {rate:,.0f} samples/s")
+    def step(self) -> None:
+        if self.since.seconds() > LINE_SECONDS:
+            meter, loss = self.meter, self.since.read().loss
+            left = duration(meter.seconds_left)
+            self.line(f"step {meter.done} of {meter.steps}, {state(meter, loss)}, {left} left")
 
     def line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
 class _Bar:
-    def __init__(self, steps: int, width: int | None) -> None:
+    def __init__(self, meter: Meter, width: int | None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
         self.piped = width is not None
+        self.meter, self.since = meter, meter.begin()
         console = Console(stderr=True, width=width, force_terminal=True)
         self.bar = RichProgress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[rate]:,.0f} samples/s"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[left]} left"),
             console=console,
         )
-        self.task = self.bar.add_task("fit", total=steps, rate=0.0)
-        self.samples, self.start = 0, time.perf_counter()
+        self.task = self.bar.add_task("fit", total=meter.steps, state="", left=duration(None))
 
     def __enter__(self) -> _Bar:
         self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._show()
         self.bar.stop()
         if self.piped:  # two pipes lead to the terminal: let this one empty before results follow
             time.sleep(PIPE_SECONDS)
 
-    def step(self, samples: int) -> None:
-        self.samples += samples
-        rate = self.samples / (time.perf_counter() - self.start)
-        self.bar.update(self.task, advance=1, rate=rate)
+    def step(self) -> None:
+        if self.since.seconds() > BAR_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        meter = self.meter
+        told = state(meter, self.since.read().loss)
+        left = duration(meter.seconds_left)
+        self.bar.update(self.task, completed=meter.done, state=told, left=left)
 
     def line(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False, markup=False, emoji=False)
+        self.bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpidl.elastic import Elastic
-    from mpidl.trainer import Epoch
+    from mpidl.history import Epoch
     from mpidl.world import World
 
 ATTEMPTS = 3  # that may fail, until there are no more

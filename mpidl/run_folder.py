@@ -1,14 +1,18 @@
-"""The folder of a run: what was asked for, where it runs, and what comes out, written by rank 0."""
+"""The folder of a run: what was asked for, where it runs, and what comes out, written by rank 0.
+
+docs/run_folder.md tells what is in its files.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import sys
 import time
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -16,22 +20,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl import config
+from mpidl import clock, config
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from mpidl.data import Batches
+    from mpidl.history import Epoch
+    from mpidl.meter import Meter
     from mpidl.progress import Progress
+    from mpidl.times import Lapped
     from mpidl.trainer import Trainer
     from mpidl.world import World
 
 STATE_SECONDS = 3.0  # between two states of a run for those that follow it
+STEPS_SECONDS = 1.0  # between two lines about the steps
+LINES = "metrics.jsonl", "times.jsonl"
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl` with one line per epoch, and `state.json`: how far it is.
+    """What was asked for, a line for each epoch and some steps, times by rank, and how far it is.
 
     The files of an earlier run in the same folder are kept, as `config.json.1` and so on.
     Collective: each rank tells its host, and if rank 0 cannot write, every rank raises.
@@ -40,56 +50,128 @@ class RunFolder:
     def __init__(self, path: str | Path, world: World, settings: dict[str, Any]) -> None:
         self.path = Path(path)
         self.writes = world.rank == 0
-        hosts = world.gather(platform.node())
+        self.config: dict[str, Any] = {}  #: what config.json holds, on rank 0
+        #: Are given each line of metrics.jsonl, on rank 0.
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        seats = world.gather((platform.node(), sorted(os.sched_getaffinity(0))))
         with world.together():
             if self.writes:
-                self._create({**settings, **_environment(world, hosts)})
+                self.config = {**settings, **_environment(world, seats)}
+                self._create(self.config)
 
     @classmethod
     def opened(cls, path: Path) -> RunFolder:
         """Return the folder that others have made, for a rank that came later. Not collective."""
         made = cls.__new__(cls)
-        made.path, made.writes = path, False
+        made.path, made.writes, made.config, made.listeners = path, False, {}, []
         return made
 
     def _create(self, settings: dict[str, Any]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("config.json", "metrics.jsonl"):
+            for name in ("config.json", *LINES, "summary.json"):
                 _set_aside(self.path / name)
             text = json.dumps(settings, indent=2, default=_plain)
             (self.path / "config.json").write_text(text + "\n")
-            (self.path / "metrics.jsonl").write_text("")
+            for name in LINES:
+                (self.path / name).write_text("")
         except OSError as error:
             raise InvalidArgument(f"cannot write the run folder {self.path}: {error}") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, on rank 0."""
         if self.writes:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record, default=_plain) + "\n")
+            self._append("metrics.jsonl", record)
+            for listener in self.listeners:
+                listener(record)
 
-    def follow(self, shown: Progress, trainer: Trainer, ahead: list[Batches]) -> Progress:
-        """Return `shown`, on rank 0 also written to state.json, for the epochs `ahead`."""
-        return _Followed(self.path, shown, trainer, ahead) if self.writes else shown
+    def write_epoch(
+        self, result: Epoch, lapped: Lapped, first_step: int, noise: dict[str, Any] | None
+    ) -> None:
+        """Append what an epoch came to, and where the time of each rank went, on rank 0."""
+        if not self.writes:
+            return
+        self.write(
+            {
+                "kind": "epoch",
+                **asdict(result),
+                "time": time.time(),
+                "phases": _rounded(lapped.phases),
+                "moved_bytes": lapped.moved_bytes,
+                "peak_memory_bytes": lapped.peak_memory_bytes,
+                "noise": noise,
+            }
+        )
+        columns = {
+            "epoch": result.epoch,
+            "first_step": first_step,
+            "steps_per_column": lapped.steps_per_column,
+            "seconds": _rounded(lapped.columns),
+        }
+        self._append("times.jsonl", columns)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, with advice, on rank 0."""
+        if self.writes:
+            told = json.dumps(_rounded(summary)) + "\n"
+            (self.path / "summary.json").write_text(told)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(_named(record), default=_plain) + "\n")
+
+    def follow(
+        self, shown: Progress, trainer: Trainer, ahead: list[Batches], meter: Meter
+    ) -> Progress:
+        """Return `shown`, on rank 0 also written to the folder, for the epochs `ahead`."""
+        return _Followed(self, shown, trainer, ahead, meter) if self.writes else shown
+
+
+def of_trainer(path: str | Path, trainer: Trainer, asked: dict[str, Any]) -> RunFolder:
+    """Return the folder of a trainer that was asked to fit. Collective."""
+    replica = trainer.replica
+    codec = replica.choice.codec
+    parameters = replica.parameters.values()
+    settings = {
+        "strategy": replica.choice.name,
+        "codec": None if codec is None else str(codec),
+        "optimizer": replica.optimizer,
+        "device": trainer.device,
+        "model": {
+            "parameters": sum(p.data.size for p in parameters),
+            "bytes": sum(p.data.nbytes for p in parameters),
+        },
+        **{name: trainer.options[name] for name in ("accumulate", "overlap", "bucket_bytes")},
+        "microbatches": trainer.microbatches,
+        **asked,
+        **trainer.settings,
+    }
+    return RunFolder(path, trainer.world, settings)
 
 
 class _Followed:
-    """Keeps state.json: written at the first step, every few seconds, and at the end.
+    """Keeps state.json, and adds lines about the steps to metrics.jsonl, every few seconds.
 
-    Nothing is sent for it: the loss is the mean of this rank's samples of the epoch, so far.
+    Nothing is sent for them: the loss is the mean of this rank's samples.
     """
 
     def __init__(
-        self, folder: Path, shown: Progress, trainer: Trainer, ahead: list[Batches]
+        self,
+        folder: RunFolder,
+        shown: Progress,
+        trainer: Trainer,
+        ahead: list[Batches],
+        meter: Meter,
     ) -> None:
-        self.file, self.shown, self.trainer = folder / "state.json", shown, trainer
+        self.folder, self.file = folder, folder.path / "state.json"
+        self.shown, self.trainer, self.meter = shown, trainer, meter
         self.epochs = trainer.epochs + len(ahead)
         each = trainer.options["accumulate"]
         updates = sum(-(-len(batches) // each) for batches in ahead)
         done = trainer.done.position.get("batch", 0) // each
         self.steps = trainer.replica.steps + updates - done
-        self.samples, self.start, self.due = 0, time.monotonic(), 0.0
+        self.updates = trainer.replica.steps  # of the last line about steps
+        self.since, self.due = meter.begin(), 0.0
 
     def __enter__(self) -> _Followed:
         self.shown.__enter__()
@@ -100,12 +182,15 @@ class _Followed:
     ) -> None:
         stopped = isinstance(error, SystemExit) and error.code == config.EXIT_REQUEUE
         state = "finished" if error is None else "stopped" if stopped else "failed"
+        with suppress(OSError):
+            self._write_steps()
         self._write(state)
         self.shown.__exit__(kind, error, trace)
 
-    def step(self, samples: int) -> None:
-        self.shown.step(samples)
-        self.samples += samples
+    def step(self) -> None:
+        self.shown.step()
+        if self.since.seconds() > STEPS_SECONDS:
+            self._write_steps()
         now = time.monotonic()
         if now >= self.due:
             self._write("running")
@@ -114,9 +199,27 @@ class _Followed:
     def line(self, text: str) -> None:
         self.shown.line(text)
 
+    def _write_steps(self) -> None:
+        made = self.trainer.replica.steps - self.updates
+        if made <= 0:
+            return
+        found = self.since.read()
+        each = [spent / made for spent in found.seconds]
+        self.updates += made
+        self.folder.write(
+            {
+                "kind": "steps",
+                "step": self.updates,
+                "count": made,
+                "time": time.time(),
+                "loss": found.loss,
+                "samples_per_second": found.samples_per_second,
+                "seconds": _rounded(dict(zip(clock.PHASES, each, strict=True))),
+            }
+        )
+
     def _write(self, state: str) -> None:
-        trainer, spent = self.trainer, time.monotonic() - self.start
-        loss = trainer.losses.mean()
+        trainer = self.trainer
         now = {
             "state": state,
             "time": time.time(),
@@ -124,14 +227,34 @@ class _Followed:
             "steps": self.steps,
             "epoch": min(trainer.epochs + 1, self.epochs),
             "epochs": self.epochs,
-            "loss": loss if math.isfinite(loss) else str(loss),  # JSON has no NaN
-            "samples_per_second": self.samples / spent if spent else 0.0,
+            "loss": trainer.losses.mean(),
+            "samples_per_second": self.meter.samples_per_second,
+            "waiting": round(self.meter.waiting, 4),
+            "seconds_left": self.meter.seconds_left,
             "ranks": trainer.world.size,
         }
         new = self.file.with_suffix(".new")
         with suppress(OSError):  # training does not end for the sake of those who look on
-            new.write_text(json.dumps(now) + "\n")
+            new.write_text(json.dumps(_named(now)) + "\n")
             new.replace(self.file)
+
+
+def _named(value: Any) -> Any:
+    """Return it with the names of numbers that JSON has not: "nan", "inf"."""
+    if isinstance(value, dict):
+        return {key: _named(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_named(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rounded(value: Any) -> Any:
+    """Return it with numbers of 5 digits: clocks are no better, and lines get short."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _set_aside(file: Path) -> None:
@@ -140,15 +263,20 @@ def _set_aside(file: Path) -> None:
         file.rename(f"{file}.{number}")
 
 
-def _environment(world: World, hosts: list[str]) -> dict[str, Any]:
+def _environment(world: World, seats: list[tuple[str, list[int]]]) -> dict[str, Any]:
     from mpidl import __version__
 
+    here = [seats[rank][1] for rank in world.members[world.node]]
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "ranks": world.size,
         "nodes": world.nodes,
-        "hosts": hosts,
+        "hosts": [host for host, _ in seats],
+        "ranks_on_node": world.local_size,
+        "cores": len(set().union(*here)),  # which those may use
+        "cpu": _cpu(),
+        "threads": config.threads(),
         "mpi": world.MPI.Get_library_version().split("\n")[0].rstrip("\0 "),
         "versions": {
             "mpidl": __version__,
@@ -156,6 +284,14 @@ def _environment(world: World, hosts: list[str]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from mpidl import exchange
+from mpidl import clock, exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -170,6 +170,7 @@ class ScatterGather:
 
     def _send(self, message: Array, rank: int, tag: int) -> Any:
         self.sent_bytes += message.nbytes
+        clock.moved_bytes += message.nbytes
         return self.world.comm.Isend(message, rank, tag)
 
     def _depth(self) -> int:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mpidl import codecs, data, exact, job_folder, nn, progress, replacement, signals
+from mpidl import clock, codecs, config, data, job_folder, nn, progress, replacement, signals
 from mpidl.array import is_device
 from mpidl.data.batches import size_in
 from mpidl.done import Done
-from mpidl.errors import InvalidArgument, NonFinite
-from mpidl.evaluation import batch_of, mean_of, means
+from mpidl.errors import InvalidArgument
+from mpidl.evaluation import batch_of, mean_of, means, tell_loss
+from mpidl.history import Epoch
 from mpidl.loss_sum import LossSum
+from mpidl.meter import Meter
 from mpidl.parallel import DataParallel
 from mpidl.refuse import whole
+from mpidl.times import Lap, Lapped, Totals
 from mpidl.world import World, current
 
 if TYPE_CHECKING:
@@ -38,25 +41,13 @@ if TYPE_CHECKING:
     Metric = Callable[[Tensor, Array], float | Tensor]
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch came to; the same on every rank."""
-
-    epoch: int  #: from 1
-    steps: int  #: since the trainer was made
-    loss: float  #: of training: mean over the samples, each taken before its own update
-    metrics: dict[str, float]  #: of the samples given as `evaluate`; "loss" among them
-    seconds: float  #: spent in training steps, on the slowest rank
-    samples_per_second: float  #: of all ranks together
-
-
 class Trainer:
     """Fits `model` to data, on all ranks of the world.
 
     Takes the arguments of `DataParallel`, and those below. With `accumulate` = k an update follows
     on k batches; the last update of an epoch on those that are left. With `microbatches` losses,
     metrics and weights are the same bits on any number of ranks, where each has as many threads for
-    linear algebra (`mpidl run --threads`).
+    linear algebra (OMP_NUM_THREADS).
 
     Args:
         loss: function (output, target) -> mean over the samples, as a tensor of one element.
@@ -72,10 +63,10 @@ class Trainer:
         resume: "auto" goes on from the newest complete one in `checkpoint`, if any, with a warning
             for a damaged one: `fit` then returns also what was done before. True if there must be
             one, or a path; False begins anew.
-        out: folder for `config.json`, `metrics.jsonl`, `state.json`; rank 0 writes, and its word
+        out: folder for what docs/run_folder.md tells of; rank 0 writes, and its word
             counts. In a job MPIDL_OUT is the default of this and `checkpoint`: `job_folder`.
         settings: what else `config.json` is to hold.
-        quiet: show no progress.
+        quiet: show no progress, and no summary of where the time went. By default MPIDL_QUIET.
         elastic: go on when ranks are killed, with others as `world` and `replica`: `mpidl.elastic`.
     """
 
@@ -106,7 +97,7 @@ class Trainer:
         noise_every: int = 20,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
-        quiet: bool = False,
+        quiet: bool | None = None,
         elastic: bool = False,
     ) -> None:
         self.world = replacement.own(world or current())
@@ -115,6 +106,7 @@ class Trainer:
         with self.world.together():
             self.metrics = dict(usual if metrics is None else metrics)
             self.settings, elastic = dict(settings or {}), bool(elastic)
+            self.quiet = config.quiet() if quiet is None else bool(quiet)
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
         self.options: dict[str, Any] = {
@@ -135,8 +127,9 @@ class Trainer:
         self.replicate()
         self.device = "cuda" if is_device(self.replica.buckets[0].param) else "cpu"
         self.out, checkpoint = job_folder.defaults(self.world, out, checkpoint)
-        self.quiet, self.epochs = quiet, 0  #: epochs done so far, in all calls of `fit`
+        self.epochs = 0  #: epochs done so far, in all calls of `fit`
         self._folder: RunFolder | None = None
+        self._totals = Totals()
         self.done, self.losses = Done(), LossSum()  #: before this epoch; of its steps, so far
         self.saver: Saver | None = None
         self.memory: Saver | None = None  #: of snapshots, with `elastic`
@@ -191,6 +184,8 @@ class Trainer:
         shuffle: bool,
     ) -> list[Epoch]:
         """Do what `fit` is asked for, as far as it is not done. Collective."""
+        clock.take_thread()
+        clock.switch(clock.OTHER)
         with self.world.together():
             whole("epochs", epochs)
             if isinstance(train, data.Loader) and train.microbatches != self.microbatches:
@@ -225,14 +220,18 @@ class Trainer:
         if not callable(batch_size):
             batch_size = first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        shown = progress.make(sum(map(len, ahead)), shown=self.world.rank == 0 and not self.quiet)
+        meter = Meter(sum(map(len, ahead)), lambda: self.losses)
+        shown = progress.make(meter, shown=self.world.rank == 0 and not self.quiet)
         if folder is not None:
-            shown = folder.follow(shown, self, ahead)
+            shown = folder.follow(shown, self, ahead, meter)
         with shown, signals.watching() if self.saver is not None else nullcontext():
             if not self.epochs or self.done.told:
                 shown.line(progress.introduction(self.world, self.replica.choice, self.done))
             for this in ahead:
-                loss, seconds = self._train(this, shown)
+                begun = self.replica.steps
+                loss, lapped = self._train(this, shown, meter)
+                seconds = max(lapped.seconds)
+                self._totals.add(lapped, self.replica.steps - begun, samples)
                 metrics = {} if evaluate is None else self.evaluate(evaluate, this.batch_size)
                 self.epochs += 1
                 result = Epoch(
@@ -246,12 +245,16 @@ class Trainer:
                 history.append(result)
                 shown.line(progress.line(result, self.epochs - len(history) + asked))
                 if folder is not None:
-                    folder.write(asdict(result))
+                    folder.write_epoch(result, lapped, begun, self.replica.noise.record())
                 self.done.history.append(asdict(result))
                 for saver in self._savers:
                     saver.after_epoch(result)
             if self.saver is not None:
                 self.saver.checkpoints.finish()
+            if ahead and self.world.rank == 0:
+                from mpidl import summary  # its imports are slow, and other ranks need none
+
+                summary.tell(self._totals, self.replica, self._folder, shown)
         return history
 
     def evaluate(self, dataset: Dataset, batch_size: int = 1024) -> dict[str, float]:
@@ -271,8 +274,10 @@ class Trainer:
         )
         return means(self.world, self.model, {"loss": self.loss, **self.metrics}, batches)
 
-    def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, float]:
-        """Make the steps of one epoch. Returns the mean loss, and the slowest rank's seconds."""
+    def _train(
+        self, batches: data.Batches, shown: progress.Progress, meter: Meter
+    ) -> tuple[float, Lapped]:
+        """Make the steps of one epoch. Returns the mean loss, and where the time went."""
         if self.memory is not None and self.begins:  # weights may be others than before
             self.memory.begin(self.done.position)
             self.begins = False
@@ -281,6 +286,8 @@ class Trainer:
         self.model.train()
         joins = any(module.sync for module in self.model.modules())
         start = time.perf_counter() - spent
+        lap = Lap(self.world, columns=self._folder is not None)
+        clock.switch(clock.COMPUTE)
         for shard, (x, y) in zip(batches.shards(), batches, strict=True):
             nn.random.reseed(batches.seed, batches.epoch, shard.step, shard.first)
             if self.replica.microbatches is not None:
@@ -293,26 +300,22 @@ class Trainer:
             self.replica.step(weight=len(x))
             if not shard.last:
                 continue
-            shown.step(shard.batch_size)
+            clock.switch(clock.OTHER)
+            meter.step(shard.batch_size)
+            shown.step()
             for saver in self._savers:
                 saver.after_step(batches, shard.step, losses, time.perf_counter() - start)
+            clock.switch(clock.COMPUTE)
         self.replica.flush()
         self.replica.synchronize()
         self.replica.average_buffers()
         sums = losses.parts()
-        seconds = max(self.world.gather(time.perf_counter() - start))
+        clock.switch(clock.OTHER)
+        lapped = lap.end(self.world, time.perf_counter() - start)
         mean = mean_of(self.world, sums, len(batches.dataset))
         if not math.isfinite(mean):
-            self._tell_loss(losses, batches)
-        return mean, seconds
-
-    def _tell_loss(self, losses: LossSum, batches: data.Batches) -> None:
-        """Raise NonFinite on every rank, with the parameter if one is no number. Collective."""
-        self.replica.audit.look(self.replica.steps)
-        loss, step = exact.total(losses.parts()), losses.spoiled
-        since = "" if step is None else f", from step {step} of {len(batches)} on"
-        problem = NonFinite(f"epoch {batches.epoch + 1}: the loss is {loss}{since}")
-        self.world.agree(None if math.isfinite(loss) else problem)
+            tell_loss(self.replica, losses, batches)
+        return mean, lapped
 
     def close(self) -> None:
         """Give back what the strategy took. The model stays usable.
@@ -336,15 +339,7 @@ class Trainer:
             self._folder.writes = self.world.rank == 0  # which may be another one by now
         if out is None or self._folder is not None:
             return self._folder
-        from mpidl.run_folder import RunFolder  # its imports are slow, and few runs need them
+        from mpidl import run_folder  # its imports are slow, and few runs need them
 
-        asked = {
-            "strategy": self.replica.choice.name,
-            "codec": None if self.replica.choice.codec is None else str(self.replica.choice.codec),
-            "optimizer": self.replica.optimizer,
-            "device": self.device,
-            "samples": samples,
-            **arguments,
-        }
-        self._folder = RunFolder(out, self.world, {**asked, **self.settings})
+        self._folder = run_folder.of_trainer(out, self, {"samples": samples, **arguments})
         return self._folder

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.array import GRAIN, UPDATE_BLOCK_BYTES, blocks, to_numpy
 from mpidl.errors import NonFiniteGradient
 from mpidl.optim.base import Layers, check_used
@@ -50,6 +51,8 @@ class Update:
             self._layers.append(Layers(flat.parts(owned), strategy.total, wholes, owned.start))
             self.states.append(optimizers[flat.group].init(flat.param[owned]))
 
+    @clock.folded()
+    @clock.counted(clock.REDUCE)
     def make(self, weight: float, step: int, *, averaged: bool = False) -> None:
         """Average the gradients, this rank's times `weight`, and update. Collective.
 
@@ -79,8 +82,10 @@ class Update:
             means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
             looks = self.noise.due and not averaged
             averages = self._blocks(means, owned.start, factor, i if looks else None)
+            clock.switch(clock.UPDATE)
             optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
             check_used(optimizer, averages)
+            clock.switch(clock.REDUCE)
             if publishes:
                 self.strategy.share(flat.param)
         self.noise.end()
@@ -113,7 +118,9 @@ class Update:
         With the `number` of the bucket their squares are taken before.
         """
         clips = factor != 1 or self.clip.bounds_late
+        clock.switch(clock.REDUCE)
         for part, mean in means:
+            clock.switch(clock.UPDATE)
             first = part.start - start
             self.world.mark.progress += 1
             for block in blocks(mean, UPDATE_BLOCK_BYTES):
@@ -123,6 +130,8 @@ class Update:
                 if clips:
                     self.clip.finish(piece, factor)
                 yield slice(first + block.start, first + block.stop), piece
+            clock.switch(clock.REDUCE)
+        clock.switch(clock.UPDATE)
 
     def _shorten(self, step: int) -> float:
         """Return the factor that brings the whole gradient to the norm allowed. Collective."""

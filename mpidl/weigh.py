@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpidl.errors import RankMismatch
-from mpidl.world import all_equal
+from mpidl.exact import all_equal
 
 if TYPE_CHECKING:
     from mpidl.errors import MpidlError

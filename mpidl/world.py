@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpidl import abort, binding, config, mpi, spawned, supervised, watchdog
+from mpidl import abort, binding, clock, config, mpi, spawned, supervised, watchdog
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
@@ -119,6 +119,7 @@ class World:
         multiple: bool = self.MPI.Query_thread() == self.MPI.THREAD_MULTIPLE
         return multiple
 
+    @clock.counted(clock.WAIT)
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         with self.mark.enter("barrier"):
@@ -142,6 +143,7 @@ class World:
             else:  # time.sleep(0) may take 70 us
                 os.sched_yield()
 
+    @clock.counted(clock.WAIT)
     def gather_on_node(self, values: npt.NDArray[np.float64]) -> None:
         """Fill in `values` (local_size,), whose own element each rank has set. Collective.
 
@@ -153,6 +155,7 @@ class World:
         else:
             self.wait([self.local.Iallgather(self.MPI.IN_PLACE, values)])
 
+    @clock.counted(clock.WAIT)
     def barrier_on_node(self) -> None:
         """Wait for all ranks of this node. Collective. Leaves the core to others, as above."""
         if self.nodes == 1 and not self.beside:
@@ -234,6 +237,7 @@ class World:
         with self.mark.enter("gather"):
             return sent(self.MPI, self.rank, self.comm.allgather, value)
 
+    @clock.counted(clock.WAIT)
     def sum(self, values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the sum over ranks of `values` (k,), as float64, on every rank. Collective."""
         total = np.array(values, np.float64)
@@ -243,15 +247,6 @@ class World:
         finally:
             self.mark.leave()
         return total
-
-
-def all_equal(size: int, total: float, squares: float) -> bool:
-    """Tell whether `size` whole numbers are equal, given their sum and that of their squares.
-
-    s^2 = P q only then (Cauchy and Schwarz). With 20 bits a number both sums are exact in float64
-    up to 8,192 ranks.
-    """
-    return int(total) ** 2 == size * int(squares)
 
 
 def _without_addresses(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import MPI_LIBRARIES
 
@@ -100,3 +102,9 @@ def script(folder: Path, text: str) -> str:
     path = folder / "script.py"
     path.write_text(text)
     return str(path)
+
+
+def epochs(folder: Path) -> list[dict[str, Any]]:
+    """Return what the epochs of a run came to, from its folder."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "epoch"]

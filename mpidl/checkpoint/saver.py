@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from mpidl import data
     from mpidl.checkpoint.checkpoints import Best
+    from mpidl.history import Epoch
     from mpidl.loss_sum import LossSum
-    from mpidl.trainer import Epoch, Trainer
+    from mpidl.trainer import Trainer
     from mpidl.world import World
 
 EARLY = 0.1  # of the time between checkpoints: where less is left, it is time
@@ -222,7 +223,7 @@ def _position(loaded: checkpoint.Loaded) -> dict[str, Any]:
 
 def _check_history(loaded: checkpoint.Loaded) -> None:
     """Raise CheckpointError unless there is one `Epoch` for each that was done."""
-    from mpidl.trainer import Epoch
+    from mpidl.history import Epoch
 
     made = loaded.manifest
     try:

@@ -111,6 +111,9 @@ def run(
     bind: Annotated[
         str, typer.Option(metavar="cores|none", help="Give each rank cores of its own.")
     ] = "",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary of a Trainer.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the command, do not run it.")] = False,
 ) -> None:
     """Run a script on several ranks, with the launcher of the MPI that Python loads.
@@ -138,6 +141,8 @@ def run(
     asked = launcher_name.value if launcher_name else None
     starter = _or_exit(partial(starters.choose, library, chosen, asked, for_own))
     settings = launcher.replacing(min_ranks, replace=replace)
+    if quiet:
+        settings["MPIDL_QUIET"] = "1"
     if bind:
         settings["MPIDL_BIND"] = _or_exit(partial(config.bind, bind))
     environment = {**starter.environment(chosen), **settings}

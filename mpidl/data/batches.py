@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.array import device_namespace, to_device
 from mpidl.data.dataset import length
 from mpidl.errors import BatchTooLarge, InvalidArgument
@@ -49,7 +50,7 @@ class Batches:
         return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
-        return self._take() if self.load is None else self.load(self)
+        return clock.fetched(self._take() if self.load is None else self.load(self))
 
     def _take(self) -> Iterator[tuple[Array, Array]]:
         for shard in self.shards():

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.array import blocks, namespace, synchronize, to_numpy
 from mpidl.errors import InvalidArgument
 from mpidl.staging import Staging
-from mpidl.strategies.base import in_turn, private, publish_in_turn
+from mpidl.strategies.base import around, in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -80,6 +81,7 @@ class Adasum:
         if not weight:  # whatever it holds
             grad.fill(0)
         if self.world.size > 1:
+            clock.moved_bytes += around(grad.nbytes, self.world.size)
             with (
                 self.staging.host(grad) as buffer,
                 np.errstate(over="ignore", invalid="ignore", divide="ignore"),

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.staging import Staging
-from mpidl.strategies.base import in_turn, private, publish_in_turn
+from mpidl.strategies.base import around, in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ class AllReduce:
 
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) in place, chunk by chunk. Collective."""
+        clock.moved_bytes += around(grad.nbytes, self.world.size)
         for part in self.staging.chunks(grad):
             chunk = grad[part]
             if weight != 1:

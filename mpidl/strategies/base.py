@@ -99,6 +99,11 @@ def publish_in_turn(strategy: Strategy, params: Sequence[Array]) -> Iterator[int
         yield i
 
 
+def around(nbytes: int, ranks: int) -> int:
+    """Return the bytes that each rank gets where all sum an array and have the sum: the least."""
+    return 2 * (ranks - 1) * nbytes // ranks
+
+
 def private(size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:
     """Return two zeroed arrays (size,) in this process's own memory."""
     return aligned_zeros(size, dtype, xp), aligned_zeros(size, dtype, xp)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
-from mpidl import codecs, exchange, node_sums, scatter_gather, shared
+from mpidl import clock, codecs, exchange, node_sums, scatter_gather, shared
 from mpidl.array import ALIGNMENT_BYTES, GRAIN, UPDATE_BLOCK_BYTES, blocks
 from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
@@ -180,6 +180,10 @@ class Hierarchical:
         self.world.gather_on_node(self._weights)
         weights: list[float] = self._weights.tolist()
         known = [self._find(grad) for grad in grads]
+        for grad in grads:
+            part = self._part(grad.size, self.world.local_rank, self.world.local_size)
+            peers = self.world.local_size - 1
+            clock.moved_bytes += (part.stop - part.start) * peers * grad.itemsize
         sums = [
             self._sum(one, self._scratch[grad.dtype], weights)
             for one, grad in zip(known, grads, strict=True)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
-from mpidl.strategies.base import in_turn, private, publish_in_turn
+from mpidl.strategies.base import around, in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,6 +67,7 @@ class Horovod:
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) in place. Collective."""
         grad *= weight
+        clock.moved_bytes += around(grad.nbytes, self._hvd.size())
         # A name that comes again takes one bit to negotiate.
         name = f"mpidl.{self._number}.{grad.dtype}.{grad.size}"
         self._hvd.allreduce_(self._torch.from_numpy(grad), op=self._hvd.Sum, name=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
+from mpidl import clock
 from mpidl.errors import InvalidArgument
 from mpidl.refuse import refuses
 from mpidl.refuse import whole as check_whole
@@ -76,6 +77,7 @@ class ParameterServer:
                     send, receive = (self.world.MPI.IN_PLACE, buffer) if mine else (buffer, None)
                     self.world.comm.Reduce(send, receive, root=root)
                 if mine:
+                    clock.moved_bytes += chunk.nbytes * (self.world.size - 1)
                     yield part, chunk
 
     def stream(self, grads: Sequence[Array], weight: float) -> Stream:
@@ -96,6 +98,7 @@ class ParameterServer:
             for part in self._chunks(param, whole):
                 with self.staging.host(param[part], read=mine, write=not mine) as buffer:
                     self.world.comm.Bcast(buffer, root=root)
+                    clock.moved_bytes += 0 if mine else buffer.nbytes
 
     def publish(self, params: Sequence[Array]) -> Iterator[int]:
         """Share one array after the other. Collective."""

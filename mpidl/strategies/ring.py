@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
-from mpidl import codecs
+from mpidl import clock, codecs
 from mpidl.array import namespace, synchronize
 from mpidl.errors import InvalidArgument
 from mpidl.refuse import whole
 from mpidl.staging import Staging
-from mpidl.strategies.base import in_turn, private, publish_in_turn
+from mpidl.strategies.base import around, in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,6 +69,7 @@ class Ring:
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) in place. Collective."""
         if self.world.size > 1:
+            clock.moved_bytes += around(grad.nbytes, self.world.size)
             with self.staging.host(grad) as buffer:
                 self._round(buffer, weight)
         elif weight != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
+from mpidl import clock
 from mpidl.array import namespace
 from mpidl.staging import Staging
 from mpidl.strategies.base import in_turn, private, publish_in_turn
@@ -54,6 +55,7 @@ class Sharded:
             counts = [place.stop - place.start for place in places]
             with self.staging.host(packed) as buffer:  # the sum comes to its beginning
                 self.world.comm.Reduce_scatter(self.world.MPI.IN_PLACE, buffer, counts)
+            clock.moved_bytes += counts[self.world.rank] * (self.world.size - 1) * grad.itemsize
             yield pieces[self.world.rank], packed[: counts[self.world.rank]]
 
     def stream(self, grads: Sequence[Array], weight: float) -> Stream:
@@ -77,6 +79,7 @@ class Sharded:
             counts = [place.stop - place.start for place in places]
             with self.staging.host(packed) as buffer:
                 self.world.comm.Allgatherv(self.world.MPI.IN_PLACE, [buffer, counts])
+            clock.moved_bytes += packed.nbytes - counts[mine] * param.itemsize
             for rank, (piece, place) in enumerate(zip(pieces, places, strict=True)):
                 if rank != mine:
                     param[piece] = packed[place]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +12,10 @@ from mpidl.refuse import told
 from mpidl.torch import session as sessions
 from mpidl.torch.arguments import WRONG, dense, ours, text, writable
 from mpidl.torch.arrays import host_array
-from mpidl.torch.errors import internal
+from mpidl.torch.errors import as_internal
 from mpidl.torch.process_sets import ProcessSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mpidl.torch.session import Session
 
 Tensor = Any
@@ -36,24 +33,43 @@ def number_of(process_set: ProcessSet) -> int:
     return number
 
 
-@contextmanager
-def beginning(
-    session: Session, kind: str, name: str | None, process_set: ProcessSet, grouped: bool = False
-) -> Iterator[str]:
-    """Yield the name of an operation, and let what is raised be told to those that wait for it.
+class beginning:  # noqa: N801
+    """A context in which an operation begins: what is raised is told to those that wait for it.
 
-    Of what is `grouped` they wait for the first one under the name. In this context no rank is
-    waited for. It raises HorovodInternalError.
+    It gives the operation's name. Of what is `grouped` others wait for the first one under the
+    name. In this context no rank is waited for. It raises HorovodInternalError.
     """
-    with internal():
-        number = number_of(process_set)
-        name = session.name(number) if name is None else text("name", name)
+
+    __slots__ = ("grouped", "kind", "name", "number", "process_set", "session")
+
+    def __init__(
+        self,
+        session: Session,
+        kind: str,
+        name: str | None,
+        process_set: ProcessSet,
+        grouped: bool = False,
+    ) -> None:
+        self.session, self.kind, self.name = session, kind, name
+        self.process_set, self.grouped = process_set, grouped
+
+    def __enter__(self) -> str:
         try:
-            yield name
-        except (MpidlError, *WRONG) as error:
-            known = ours(error)
-            session.refuse(name + ".0" * grouped, kind, number, known)
-            raise known from error
+            self.number = number_of(self.process_set)
+            if self.name is None:
+                self.name = self.session.name(self.number)
+            else:
+                self.name = text("name", self.name)
+        except MpidlError as error:
+            raise as_internal(error) from error
+        return self.name
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, (MpidlError, *WRONG)):
+            return
+        known = ours(error)
+        self.session.refuse(f"{self.name}" + ".0" * self.grouped, self.kind, self.number, known)
+        raise as_internal(known) from error
 
 
 def prepare(

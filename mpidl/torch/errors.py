@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpidl.errors import MpidlError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class HorovodInternalError(MpidlError, RuntimeError):
@@ -52,10 +48,14 @@ def as_internal(error: MpidlError) -> HorovodInternalError:
     return made
 
 
-@contextmanager
-def internal() -> Iterator[None]:
-    """Raise an MpidlError of this context as a HorovodInternalError."""
-    try:
-        yield
-    except MpidlError as error:
-        raise as_internal(error) from error
+class internal:  # noqa: N801
+    """A context whose MpidlErrors are raised as HorovodInternalErrors."""
+
+    __slots__ = ()  # and no generator: it is entered with each operation
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, MpidlError):
+            raise as_internal(error) from error

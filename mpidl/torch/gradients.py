@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mpidl import signals, supervised
+from mpidl import clock, signals, supervised
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.torch.arguments import number
 from mpidl.torch.places import shaped
@@ -49,6 +49,7 @@ class Gradients:
     ) -> None:
         self.world, self.strategy, self.places = world, strategy, places
         self.noise = noise
+        self.steps = 0  #: averages so far
         self.wanted = True  #: whether backward is followed by averaging
         self.stop_requested = False  #: whether any rank got a signal: the same after an average
         self.overlap: Overlap | None = None
@@ -150,6 +151,7 @@ class Gradients:
         if self._ran:  # else it was not for these parameters
             self.average()
 
+    @clock.counted(clock.REDUCE)
     def average(self, weight: float | None = None) -> float:
         """Average, and return the samples of all ranks; 0 where no rank has any. Collective."""
         problem = self._problem()
@@ -197,6 +199,8 @@ class Gradients:
         if self.buffers is not None:
             self.buffers.broadcast(0 if leads else self._first(weight))
         supervised.note_step()
+        clock.step(self.steps)
+        self.steps += 1
         return total
 
     def _begin_noise(self, weight: float, total: float, *, averaged: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpidl import clock
 from mpidl.errors import InvalidArgument
 from mpidl.torch.optimizer_state import OptimizerState
 
@@ -144,9 +145,11 @@ class OwnedSteps:
                     f"optimizer group {i} has other parameters than when DataParallel was made"
                 )
         self._take_over()
+        clock.switch(clock.WAIT)
         if self._strategy.shared:  # nobody reads the old parameters any more
             with self._world.mark.enter("start of optimizer.step()"):
                 self._world.local.Barrier()
+        clock.switch(clock.UPDATE)
         mine: list[list[Any]] = [[] for _ in groups]
         for shard in self.state.shards:
             place = self._places[shard.place]
@@ -166,9 +169,11 @@ class OwnedSteps:
         """Publish what was updated."""
         self._restore()
         self.state.keep()
+        clock.switch(clock.REDUCE)
         with self._world.mark.enter("end of optimizer.step()"):
             for flat in self._buckets:
                 self._strategy.share(flat.param)
+        clock.switch(clock.DATA)  # until the module is called again
         torch.autograd.graph.increment_version([place.parameter for place in self._places])
 
     def _restore(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from mpidl import bucket, codecs, strategies
+from mpidl import bucket, clock, codecs, strategies
 from mpidl.arguments import check_averaging
 from mpidl.errors import InvalidArgument
 from mpidl.noise import NoiseScale
@@ -222,6 +222,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. Not collective."""
+        clock.switch(clock.COMPUTE)
         result = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._gradients.forget_task()
@@ -313,10 +314,9 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         if not self.buckets:
             return self.module.load_state_dict(state, *args, **kwargs)
         self.world.barrier()  # nobody reads the old values any more
-        found: Any = None
         with self.world.together():
             try:
-                found = self.module.load_state_dict(state, *args, **kwargs)
+                found: Any = self.module.load_state_dict(state, *args, **kwargs)
             except RuntimeError as error:
                 raise arguments.ours(error) from error
         if self._loop is not None:

@@ -64,7 +64,7 @@ INTERNAL = {
     "strategies.*:*": "takes a world; options are fuzzed where there are any",
     "testing.*:*.act": "called by inject",
     "testing.*:*.after": "as act",
-    "trainer:Epoch": "made by fit",
+    "history:Epoch": "made by fit",
     "world:World*": "for strategies, which pass what they have checked",
 }
 

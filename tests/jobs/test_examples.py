@@ -58,8 +58,7 @@ class Runs:
             assert result.status == 0, result
             self.outputs[mpi, ranks] = result.output
         out = folder / "new" / strategy
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        return out, [json.loads(line) for line in lines]
+        return out, job.epochs(out)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +109,7 @@ def test_digits_learn_alike(mpi: str, ranks: int, strategy: str, runs: Runs) -> 
 def test_it_learns_to_read(mpi: str, tmp_path: Path) -> None:
     result = job.run(mpi, 2, DIGITS, "--epochs", "12", "--out", str(tmp_path / "run"))
     assert result.status == 0, result
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["metrics"]["accuracy"] >= 0.95, result
+    assert job.epochs(tmp_path / "run")[-1]["metrics"]["accuracy"] >= 0.95, result
 
 
 def test_another_seed_is_another_training(runs: Runs, tmp_path: Path) -> None:
@@ -119,7 +117,7 @@ def test_another_seed_is_another_training(runs: Runs, tmp_path: Path) -> None:
     options = ("--epochs", "1", "--batch-size", str(BATCH), "--seed", str(SEED + 1))
     result = job.run("openmpi", 1, DIGITS, *options, "--out", str(tmp_path))
     assert result.status == 0, result
-    (epoch,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    (epoch,) = job.epochs(tmp_path)
     assert epoch["loss"] != pytest.approx(alone[0]["loss"], rel=100 * TOLERANCE)
 
 

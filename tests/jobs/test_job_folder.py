@@ -45,6 +45,9 @@ def state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())  # type: ignore[no-any-return]
 
 
+WRITTEN = {"config.json", "metrics.jsonl", "state.json", "times.jsonl"}
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -55,7 +58,7 @@ def test_a_script_that_says_nothing_goes_on_in_the_folder_of_its_job(tmp_path: P
     assert through.status == 0, through
     stopped = job.run("openmpi", 2, script, "14", MPIDL_OUT=str(run))
     assert stopped.status == 75, stopped
-    assert files(run) == {"config.json", "metrics.jsonl", "state.json", "checkpoints"}
+    assert files(run) == {*WRITTEN, "checkpoints"}
     found = state(run)
     # stopped in the second epoch of 10 batches, of which two make a step
     assert (found["state"], found["epoch"], found["epochs"]) == ("stopped", 2, 3)
@@ -77,7 +80,7 @@ def test_what_a_script_says_counts(tmp_path: Path) -> None:
     words = (job.script(tmp_path, TRAIN), "0", str(tmp_path / "out"), str(tmp_path / "kept"))
     done = job.run("openmpi", 2, *words, MPIDL_OUT=str(tmp_path / "run"))
     assert done.status == 0, done
-    assert files(tmp_path / "out") == {"config.json", "metrics.jsonl", "state.json"}
+    assert files(tmp_path / "out") == {*WRITTEN, "summary.json"}
     assert any(name.startswith("step-") for name in files(tmp_path / "kept"))
     assert files(tmp_path / "run") == {"trainer-2"}
 

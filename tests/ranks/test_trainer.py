@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import mpidl
-from mpidl import data, nn, optim
+from mpidl import clock, data, nn, optim
 from mpidl.array import to_numpy
 from mpidl.errors import BatchTooLarge, InvalidArgument, RankMismatch
+from tests import job
 from tests.ranks.conftest import STRATEGIES
 from tests.ranks.test_parallel import DEVICE_OF, make_data, make_model, train_alone, weights_of
 
@@ -109,9 +110,30 @@ def test_run_folder(world: mpidl.World, rng: np.random.Generator, tmp_path: Path
     folder = world.broadcast(tmp_path / "new" / "run")
     history, _, _ = fit(make_data(rng, 30, "float64"), xp, out=folder, settings={"note": "mine"})
     world.barrier()
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
-    assert json.loads(lines[-1])["loss"] == history[-1].loss
+    epochs = job.epochs(folder)
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+    assert epochs[-1]["loss"] == history[-1].loss
+    for epoch in epochs:
+        assert set(epoch["phases"]) == set(clock.PHASES)
+        spent = np.array([epoch["phases"][name] for name in clock.PHASES]).sum(axis=0)
+        assert spent.shape == (world.size,)
+        assert spent.max() == pytest.approx(epoch["seconds"], rel=0.05, abs=0.01)
+        assert min(epoch["phases"]["compute"]) > 0
+        assert min(epoch["peak_memory_bytes"]) > 1 << 20
+        assert (sum(epoch["moved_bytes"]) > 0) == (world.size > 1)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "steps"]
+    assert sum(line["count"] for line in steps) == steps[-1]["step"] == history[-1].steps
+    times = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
+    assert [line["first_step"] for line in times] == [0, history[0].steps]
+    for line, epoch in zip(times, epochs, strict=True):
+        for name in ("compute", "data", "wait", "update"):
+            columns = np.array(line["seconds"][name])
+            assert columns.shape == (world.size, 3)
+            assert columns.sum() <= sum(epoch["phases"][name]) * 1.01
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["ranks"], summary["steps"]) == (world.size, history[-1].steps)
+    assert 0 < summary["efficiency"] <= 1
     config = json.loads((folder / "config.json").read_text())
     assert config["ranks"] == len(config["hosts"]) == world.size
     assert config["optimizer"]["SGD"]["momentum"] == 0.9
@@ -195,7 +217,7 @@ def test_a_second_fit_goes_on(world: mpidl.World, rng: np.random.Generator, tmp_
         (e.epoch, e.steps, e.loss) for e in whole
     ]
     if world.rank == 0:
-        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+        assert len(job.epochs(tmp_path)) == 3
 
 
 def test_a_second_run_keeps_the_first_ones_files(
@@ -240,3 +262,33 @@ def test_evaluation_leaves_the_mode_as_it_was(world: mpidl.World, rng: np.random
         assert model.training is mode
     with pytest.raises(InvalidArgument, match="the data set is empty"):
         trainer.evaluate(make_data(rng, 0, "float64"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable"), [(False, "1"), (None, "0"), (True, "0"), (None, "1")]
+)
+def test_who_is_quiet_says_nothing(
+    asked: bool | None,
+    variable: str,
+    world: mpidl.World,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MPIDL_QUIET", variable)
+    loss = nn.cross_entropy
+    trainer = mpidl.Trainer(make_model("float64", 7), loss, optim.SGD(lr=0.1), quiet=asked)
+    trainer.fit(make_data(rng, 30, "float64"), epochs=1, batch_size=10)
+    trainer.close()
+    shown = capsys.readouterr().err
+    quiet = variable == "1" if asked is None else asked
+    assert bool(shown) == (world.rank == 0 and not quiet)
+    assert ("ms a step" in shown) == bool(shown)
+
+
+def test_a_wrong_word_about_quiet_is_told_everywhere(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIDL_QUIET", "yes" if world.rank == world.size - 1 else "0")
+    with pytest.raises(InvalidArgument, match="MPIDL_QUIET='yes': expected one of 0, 1"):
+        mpidl.Trainer(make_model("float64", 7), nn.mse, optim.SGD(lr=0.1))

@@ -19,6 +19,7 @@ MEDDLING = ("PYTHONDONTWRITEBYTECODE", "COVERAGE_PROCESS")
 
 LEVELS = {
     "array": 0,
+    "clock": 0,
     "cores": 0,
     "config": 0,
     "errors": 0,
@@ -62,7 +63,12 @@ LEVELS = {
     "staging": 3,
     "strategies": 3,
     "local_steps": 4,
+    "advice": 4,
+    "history": 4,
     "loss_sum": 4,
+    "meter": 4,
+    "summary": 4,
+    "times": 4,
     "job_folder": 4,
     "done": 4,
     "elastic": 4,

@@ -115,11 +115,12 @@ def test_dry_run_shows_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launcher, "find", lambda: library("mpich"))
     script = tmp_path / "a b.py"
     script.touch()
-    arguments = ["run", "-n", "2", "--launcher-args", "--hosts 'x y'", "--dry-run", str(script)]
+    told = ["--launcher-args", "--hosts 'x y'", "--quiet", "--dry-run"]
+    arguments = ["run", "-n", "2", *told, str(script)]
     result = CliRunner().invoke(app, [*arguments, "-n", "5"])
     assert result.exit_code == 0
     assert result.stdout == (
-        "env OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 /opt/bin/mpiexec -n 2 --hosts 'x y' "
+        "env OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 MPIDL_QUIET=1 /opt/bin/mpiexec -n 2 --hosts 'x y' "
         f"{sys.executable} -m mpi4py '{script}' -n 5\n"
     )
 

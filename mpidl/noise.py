@@ -50,10 +50,10 @@ class NoiseScale:
         tr(Sigma) = (S - |G|^2) B / (n - 1),   |G'|^2 = (n |G|^2 - S) / (n - 1).
 
     Parts are the ranks that have samples; with `by_pass` the passes of all ranks: microbatches, or
-    what is accumulated. Each of both is averaged over the estimates so far, and `scale` is the
-    ratio of the means. The k-th counts as much as it would in proportion to k, up to 2 MEMORY of
-    them; later an exponential moving average forgets: the scale grows by orders of magnitude in a
-    training, and what the first updates had is to be forgotten soon.
+    what is accumulated. Each of both is averaged over estimates, and `scale` is the ratio of the
+    means. Of the first 2 MEMORY estimates the k-th counts k times; then an exponential moving
+    average takes over. A plain mean would keep for long what the first updates had, whose gradients
+    are the largest: the scale grows by orders of magnitude in a training.
 
     One in `every` updates is looked at: each rank reads its gradients once more, and the means it
     owns while they are in cache; two small collective calls follow. None, where nothing can be

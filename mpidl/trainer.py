@@ -110,9 +110,8 @@ class Trainer:
         usual = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
         with self.world.together():
             self.metrics = dict(usual if metrics is None else metrics)
-            self.settings = dict(settings or {})
+            self.settings, elastic = dict(settings or {}), bool(elastic)
             self.quiet = config.quiet() if quiet is None else bool(quiet)
-            elastic = bool(elastic)
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
         self.options: dict[str, Any] = {

@@ -223,7 +223,8 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. Not collective."""
-        clock.switch(clock.COMPUTE)
+        if not torch.compiler.is_compiling():
+            clock.switch(clock.COMPUTE)
         result = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._gradients.forget_task()

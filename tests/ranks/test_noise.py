@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -342,13 +344,25 @@ def test_a_quadratic_whose_noise_is_known(
 
 
 @on_cpu
-def test_a_trainer_has_it(world: mpidl.World, rng: Any) -> None:
+def test_a_trainer_has_it(
+    world: mpidl.World, rng: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In its run folder, too, and in the last lines that it shows."""
     x = rng.standard_normal((24 * world.size, 5)).astype(np.float32)
     trainer = mpidl.Trainer(
-        nn.Linear(5, 2), nn.mse, optim.SGD(0.1), world=world, quiet=True, noise_every=2
+        nn.Linear(5, 2), nn.mse, optim.SGD(0.1), world=world, out=tmp_path, noise_every=2
     )
     trainer.fit(data.ArrayDataset(x, x[:, :2]), 1, 8 * world.size)
     record = trainer.replica.noise.record()
+    shown = capfd.readouterr().err
+    if world.rank == 0:
+        (line,) = (x for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "epoch" in x)
+        for written in (line, (tmp_path / "summary.json").read_text()):
+            found = json.loads(written)["noise"]  # rounded
+            assert (found is None) == (record is None)
+            for name, value in (record or {}).items():
+                np.testing.assert_allclose(float(found[name]), float(value), rtol=1e-3)
+        assert (trainer.replica.noise.advice() or ["steps in"])[0] in shown
     assert (record is None) == (world.size == 1)
     if record is not None:
         assert record["batch"] == 8 * world.size

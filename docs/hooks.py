@@ -125,7 +125,7 @@ def _option(option: Any, kind: Any) -> str:
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
     if not option.is_flag:
         kinds = [one for one in (kind, *get_args(kind)) if isinstance(one, type)]
-        values = [str(one.value) for one in kinds if issubclass(one, Enum) for one in one]
+        values = [str(member.value) for one in kinds if issubclass(one, Enum) for member in one]
         names += f" `{option.metavar or '|'.join(values) or option.name.upper()}`"
     known = getattr(option.default, "value", option.default)
     default = "" if known in (None, "", False, ()) or known == [] else f"`{known}`"

@@ -232,9 +232,9 @@ def plot(name: str) -> str:
 
     known = json.loads((HERE / "figures.json").read_text())[name]
     rows = known["rows"]
-    texts = ("text", "axes.label", "xtick.", "ytick.", "axes.edge")
-    colours = {f"{text}color" if text != "text" else "text.color": LIGHT for text in texts}
-    plt.rcParams.update({"svg.hashsalt": "mpidl", "svg.fonttype": "none", **colours})
+    plt.rcParams.update({"svg.hashsalt": "mpidl", "svg.fonttype": "none"})
+    for what in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
+        plt.rcParams[what] = LIGHT
     figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(rows) + 0.95))
     for i, (label, low, high) in enumerate(rows):
         colour = ORANGE if label.startswith("mpidl") else GREY

@@ -92,6 +92,12 @@ def test_every_public_name_is_told_of(package: str, site: Path) -> None:
     assert {name for name in missing if package or name not in PACKAGES} == set()
 
 
+def test_comments_tell_of_attributes(site: Path) -> None:
+    page = (site / "api/mpidl.html").read_text()
+    section = page[page.index('id="mpidl.World.rank"') :]
+    assert "<p>Number of this rank, from 0 on</p>" in section[:3000]
+
+
 def test_every_command_and_option_is_told_of(site: Path) -> None:
     page = (site / "commands.html").read_text()
 

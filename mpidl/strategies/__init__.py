@@ -18,7 +18,6 @@ from mpidl.strategies import auto
 from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
 from mpidl.strategies.base import Strategy, in_turn, publish_in_turn
-from mpidl.strategies.device_hierarchical import DeviceHierarchical
 from mpidl.strategies.fastest import fastest
 from mpidl.strategies.hierarchical import Hierarchical
 from mpidl.strategies.horovod import Horovod
@@ -34,6 +33,13 @@ if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.world import World
 
+
+def _device_hierarchical(*arguments: Any, **options: Any) -> Strategy:
+    from mpidl.strategies.device_hierarchical import DeviceHierarchical  # few need it
+
+    return DeviceHierarchical(*arguments, **options)
+
+
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "hierarchical": Hierarchical,
@@ -45,7 +51,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 }
 
 #: What has a class of its own for models on a GPU.
-ON_DEVICE: dict[str, Callable[..., Strategy]] = {"hierarchical": DeviceHierarchical}
+ON_DEVICE: dict[str, Callable[..., Strategy]] = {"hierarchical": _device_hierarchical}
 #: What combines gradients into something else than their mean.
 RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
 #: Of STRATEGIES, what needs another library to average: no ranks go on in it when one is killed.
@@ -65,7 +71,6 @@ __all__ = [
     "Adasum",
     "AllReduce",
     "Choice",
-    "DeviceHierarchical",
     "Hierarchical",
     "Horovod",
     "Nccl",
@@ -209,8 +214,9 @@ def _check_microbatches(
 
 def takes_half(strategy: str | Strategy) -> bool:
     """Return whether a strategy, or the one of this name, may be given arrays of float16."""
-    kinds = [kind for kinds in (STRATEGIES, ON_DEVICE) for kind in map(kinds.get, TAKE_HALF)]
-    return strategy in (*TAKE_HALF, "auto") or type(strategy) in kinds
+    kinds = [*map(STRATEGIES.get, TAKE_HALF)]
+    on_gpu = hasattr(strategy, "fuse")  # that of "hierarchical" there
+    return strategy in (*TAKE_HALF, "auto") or type(strategy) in kinds or on_gpu
 
 
 def own() -> dict[str, Callable[..., Strategy]]:

@@ -318,3 +318,9 @@ class Source:
 def dense(gradient: Any) -> Any:
     """Return a gradient with all its zeros."""
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def computing() -> None:
+    """Let time count for computation; not in what torch.compile traces."""
+    if not torch.compiler.is_compiling():
+        clock.switch(clock.COMPUTE)

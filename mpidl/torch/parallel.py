@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from mpidl import bucket, clock, codecs, strategies
+from mpidl import bucket, codecs, strategies
 from mpidl.arguments import check_averaging
 from mpidl.errors import InvalidArgument
 from mpidl.noise import NoiseScale
@@ -18,7 +18,7 @@ from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.refuse import told
 from mpidl.torch import arguments, linear, places
 from mpidl.torch.buffers import Buffers
-from mpidl.torch.gradients import Gradients
+from mpidl.torch.gradients import Gradients, computing
 from mpidl.torch.microbatches import Loop
 from mpidl.torch.owned import OwnedSteps, groups_of, in_parts, steps_by_element
 from mpidl.world import World, current
@@ -223,8 +223,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. Not collective."""
-        if not torch.compiler.is_compiling():
-            clock.switch(clock.COMPUTE)
+        computing()
         result = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._gradients.forget_task()
@@ -264,8 +263,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         """Let ranks come to the end of this context after different numbers of steps. Collective.
 
         A rank that is there takes part in the steps of the others, without samples. `update` is
-        what follows each backward, by default `optimizer.step`: pass what also clips, or sets the
-        rate, if you do.
+        what follows each backward, by default `optimizer.step`: what also clips, or sets the rate.
         """
         if update is not None and not callable(update):
             raise InvalidArgument(f"join({told(update)}): expected a function, or None")

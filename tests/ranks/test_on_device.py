@@ -14,7 +14,8 @@ import mpidl
 from mpidl import fused, nn, optim
 from mpidl.array import to_device, to_numpy
 from mpidl.errors import InvalidArgument, NoPeerAccess, OutOfDeviceMemory
-from mpidl.strategies import AllReduce, DeviceHierarchical, Hierarchical, auto, make
+from mpidl.strategies import AllReduce, Hierarchical, auto, make
+from mpidl.strategies.device_hierarchical import DeviceHierarchical
 from tests import stand_in_cuda
 from tests.ranks.conftest import DEVICE, as_nodes
 

@@ -13,7 +13,8 @@ from mpidl import nn, optim
 from mpidl.array import to_numpy
 from mpidl.data import ArrayDataset
 from mpidl.errors import InvalidArgument, NonFiniteGradient, RankMismatch, UnsupportedDtype
-from mpidl.strategies import DeviceHierarchical, Ring
+from mpidl.strategies import Ring
+from mpidl.strategies.device_hierarchical import DeviceHierarchical
 from tests.ranks.conftest import KERNELS, as_nodes
 from tests.ranks.test_parallel import DEVICE_OF
 

@@ -101,7 +101,7 @@ class Hierarchical:
         if xp is not np:
             raise InvalidArgument(
                 "Hierarchical averages in host memory, and the model is on the GPU: use the name "
-                '"hierarchical", or DeviceHierarchical'
+                '"hierarchical"'
             )
         if np.dtype(dtype).itemsize == 2 and self.world.nodes > 1:
             raise InvalidArgument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from mpidl import clock
 from mpidl.cli.app import app
 from mpidl.clock import COMPUTE, DATA, OTHER, REDUCE, UPDATE, WAIT
 from mpidl.errors import InvalidArgument
-from mpidl.trace import clocks, load, merge, parts, ranges, recorder, tracks
+from mpidl.trace import analysis, clocks, load, merge, parts, ranges, recorder, tracks
 from mpidl.trace.recorder import Recorder
 from mpidl.trace.tracks import Interval, Span
 
@@ -489,3 +490,59 @@ def test_what_mpidl_run_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_update_is_a_phase() -> None:
     assert tracks.LOCAL == (COMPUTE, DATA, OTHER)
     assert not {WAIT, REDUCE, UPDATE} & set(tracks.LOCAL)
+
+
+def test_the_path_goes_over_to_who_ends_last(tmp_path: Path) -> None:
+    """Ranks come after 1, 1.5 and 3 s; the first one needs the longest for the update."""
+    for rank, (work, update) in enumerate([(1.0, 0.75), (1.5, 0.25), (3.0, 0.25)]):
+        rec = made(tmp_path, rank, ranks=3)
+        waits = [(WAIT, 3.0 - work)] if work < 3.0 else []
+        end = step(rec, 0, 0.0, (COMPUTE, work), *waits, (REDUCE, 0.5), (UPDATE, update))
+        rec.close(end=end)
+    merge.merge(tmp_path / "t.json")
+    (found,) = analysis.steps_of(load.load(tmp_path / "t.json")[0])
+    assert (found.last, found.because) == ("rank 2 on a", "compute")
+    assert found.late == pytest.approx(3.0 - 1.25) and found.seconds == pytest.approx(4.25)
+    assert found.seconds_more == pytest.approx(3.0 - 1.25)
+    assert list(found.phases.values()) == pytest.approx([3.0, 0, 0, 0.5, 0.75, 0])
+
+
+def test_steps_of_one_number_belong_together_while_they_overlap() -> None:
+    """Ranks 0 and 1 make step 5; rank 1 dies, and rank 2 makes it again with rank 0."""
+
+    def steps(*times: tuple[float, float]) -> analysis.Process:
+        return analysis.Process("", steps=[tracks.Step(5, *time, 0.0) for time in times])
+
+    processes = {0: steps((0.0, 1.0), (3.0, 4.0)), 1: steps((0.1, 1.1)), 2: steps((3.1, 3.9))}
+    assert [sorted(group) for group in analysis.grouped(processes)] == [[0, 1], [0, 2]]
+
+
+def test_ranges_that_do_not_nest(tmp_path: Path) -> None:
+    rec = made(tmp_path)
+    rec.resume()
+    first, second = mpidl.range("first"), mpidl.range("second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    rec.close(end=1.0)
+    part = parts.read(rec.path)
+    assert part is not None
+    one, two = tracks.of_part(part, lambda times: times).spans
+    assert (one.name, two.name) == ("first", "second")
+    assert one.begin < two.begin < one.end < two.end
+    merge.merge(tmp_path / "t.json")
+    events = read(tmp_path)
+    check_nesting(events)
+    names = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+    assert names == ["steps", "phases", "main thread", "main thread, 2"]
+
+
+def test_the_latest_run_is_merged(tmp_path: Path) -> None:
+    for age, run in ((50, "e" * 16), (10, "d" * 16), (90, "f" * 16)):
+        rec = made(tmp_path)
+        rec.close(end=float(age))
+        path = rec.path.rename(rec.path.with_name(rec.path.name.replace(RUN, run)))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    merge.merge(tmp_path / "t.json")
+    assert sorted(p.name[7:10] for p in tmp_path.glob("*.part")) == ["eee", "fff"]

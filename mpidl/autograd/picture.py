@@ -97,7 +97,8 @@ class Picture:
 
     def __repr__(self) -> str:
         s = "s" * (self.operations != 1)
-        return f"Picture({self.operations} operation{s}, {self.leaves} leaves)"
+        leaves = "1 leaf" if self.leaves == 1 else f"{self.leaves} leaves"
+        return f"Picture({self.operations} operation{s}, {leaves})"
 
     def _repr_svg_(self) -> str | None:
         return self._shown()

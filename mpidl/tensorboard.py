@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl.array import namespace, to_numpy
+from mpidl.array import to_numpy
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.optim.base import rate
 from mpidl.refuse import told
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 FOLDER = "tensorboard"
 MISSING = "Trainer(tensorboard=True) needs tensorboardX: pip install 'mpidl[report]'"
 FLUSH_SECONDS = 5  # until events are on disk
+QUEUE = (
+    1000  # events: where the thread that writes them has died, an epoch's find room all the same
+)
 SAMPLES = 100_000  # elements at most of one histogram, spread evenly: 10 ms each
 
 _files = count()  # two of one second would have one name
@@ -103,6 +106,7 @@ class TensorBoard:
             return SummaryWriter(
                 str(self.folder),
                 purge_step=self._last + 1 if earlier else None,
+                max_queue=QUEUE,
                 flush_secs=FLUSH_SECONDS,
                 filename_suffix=f".{os.getpid()}.{next(_files)}",
             )
@@ -130,10 +134,16 @@ class TensorBoard:
             self._writer.file_writer.add_event(Event(graph_def=graph.SerializeToString()), 0)
 
     def write(self, record: Record) -> None:
-        """Write what one line of metrics.jsonl tells, on rank 0. Not collective."""
+        """Write what one line of metrics.jsonl tells, on rank 0. Not collective.
+
+        Raises MpidlError where tensorboardX could not write what came before: a full disk, say.
+        """
         writer, step = self.writer, record.get("step", record.get("steps"))
         if writer is None or step is None:
             return
+        worker = getattr(writer.file_writer.event_writer, "_worker", None)
+        if worker is not None and not worker.is_alive():
+            raise MpidlError(f"{self.folder} can be written no more: see the error above")
         when, is_epoch = record.get("time"), record.get("kind", "epoch") == "epoch"
         for tag, value in (*scalars(record), *rates(self.trainer.optimizer, step)):
             writer.add_scalar(tag, value, step, walltime=when)
@@ -222,8 +232,7 @@ def rates(optimizer: Groups, step: int) -> Iterator[tuple[str, float]]:
 def _some(values: Array) -> Array:
     """Return at most SAMPLES elements as float64 (n,) of their own."""
     each = -(-values.size // SAMPLES) or 1
-    flat = namespace(values).asarray(values).reshape(-1)[::each]
-    return np.array(to_numpy(flat), np.float64)
+    return np.array(to_numpy(values.reshape(-1)[::each]), np.float64)
 
 
 def _clean(tag: str) -> str:

@@ -22,7 +22,7 @@ MISSING = (
 )
 SECONDS = 20.0  # that a notebook waits for a picture by itself
 LARGE = 60  # vertices: from here on exact places take dot minutes, where one leaf is used often
-LONGEST_NAME = 200
+LONGEST_NAME, MOST_TEXT = 200, 50_000  # characters; of a text in a notebook
 
 # Ink that is read on white and on black: contrast 4.5 to both. An <img> inherits no colour.
 HEAD = """\
@@ -97,7 +97,8 @@ class Picture:
 
     def __repr__(self) -> str:
         s = "s" * (self.operations != 1)
-        return f"Picture({self.operations} operation{s}, {self.leaves} leaves)"
+        leaves = "1 leaf" if self.leaves == 1 else f"{self.leaves} leaves"
+        return f"Picture({self.operations} operation{s}, {leaves})"
 
     def _repr_svg_(self) -> str | None:
         return self._shown()
@@ -106,7 +107,8 @@ class Picture:
         """Show the text where there is no picture: a front end takes what it gets."""
         from html import escape
 
-        return None if self._shown() else f"<pre>{escape(self.dot)}</pre>"
+        shown = self.dot if len(self.dot) <= MOST_TEXT else repr(self)
+        return None if self._shown() else f"<pre>{escape(shown)}</pre>"
 
     def _shown(self) -> str | None:
         """Return the picture, if it can be had soon; this is tried once."""

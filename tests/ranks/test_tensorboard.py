@@ -175,6 +175,25 @@ def test_what_the_contract_has_more_of(world: mpidl.World, folder: Path) -> None
         assert times[2] == 1.5e9
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_is_told_of(world: mpidl.World, folder: Path) -> None:
+    """tensorboardX writes in a thread, and whoever waits for a dead one's queue waits for ever."""
+    made = trainer(folder)
+    (write,) = made.tensorboard.follow()
+    if world.rank == 0:
+        events_writer = made.tensorboard.writer.file_writer.event_writer
+
+        def fail(_: Any) -> None:
+            raise OSError("no space left")
+
+        events_writer._ev_writer.write_event = fail
+        write({"steps": 1, "loss": 1.0, "metrics": {}})
+        events_writer._worker.join(20)
+        with pytest.raises(MpidlError, match="can be written no more"):
+            write({"steps": 2, "loss": 1.0, "metrics": {}})
+    made.close()
+
+
 def test_without_it_all_ranks_are_silent(world: mpidl.World, folder: Path, rng: Rng) -> None:
     made = mpidl.Trainer(Net(), nn.cross_entropy, optim.SGD(0.1), out=folder, quiet=True)
     made.fit(dataset(rng), 1, BATCH)

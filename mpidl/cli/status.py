@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +12,11 @@ import typer
 
 from mpidl.cli import runs, schedulers
 from mpidl.cli.schedulers.base import SchedulerFailed, State
+from mpidl.cli.told import COLUMNS, complain
 
 if TYPE_CHECKING:
     from mpidl.cli.runs import Record
 
-COLUMNS = 80
 LATE_SECONDS = 120  # without news of a run that is said to run
 ENDS = {"finished": 0, "failed": 1, "unknown": 0}  # exit statuses of --watch
 
@@ -46,7 +45,7 @@ def status(
     while True:
         now = _of_folder(folder) if folder is not None else _of_job(job)
         if now is None:
-            print(f"mpidl: no run folder and no job {job!r}", file=sys.stderr)
+            complain(f"no run folder and no job {job!r}")
             raise typer.Exit(2)
         ended = not watch or now["state"] in ENDS
         if as_json or before is None or ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -103,9 +104,11 @@ def _look(record: Record) -> dict[str, Any]:
         "requeues": max(0, record.starts - 1),
         "progress": progress,
     }
-    if record.array is not None:
-        folders = sorted(p for p in record.folder.iterdir() if p.name.isdecimal())
-        told["jobs"] = {p.name: runs.progress(p) for p in folders}
+    # of the jobs of an array, or of processes that each train alone (MPIDL_ALONE)
+    folders = [path for path in record.folder.iterdir() if re.fullmatch("[0-9]+", path.name)]
+    if folders or record.array is not None:
+        folders.sort(key=lambda path: int(path.name))
+        told["jobs"] = {path.name: runs.progress(path) for path in folders}
     return told
 
 

@@ -22,6 +22,7 @@ from mpidl.cli import status as following
 from mpidl.cli import submit as submission
 from mpidl.cli import trace as tracing
 from mpidl.cli import watch as watching
+from mpidl.cli.told import complain
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def run(
     mpidl run --hosts a:4,b:4 --restarts 3 --min-ranks 4 train.py
     """
     if (replace and not elastic) or (min_ranks and not elastic and restarts is None):
-        print("mpidl: --replace needs --elastic; --min-ranks that or --restarts", file=sys.stderr)
+        complain("--replace needs --elastic; --min-ranks that or --restarts")
         raise typer.Exit(2)
     library = _or_exit(starters.find)
     program = _or_exit(partial(launcher.program, command, module=module))
@@ -256,9 +257,9 @@ def copy(
 
 
 def _or_exit(function: Callable[[], T]) -> T:
-    """Turn an error of ours into one line and exit status 2."""
+    """Turn an error of ours into a message and exit status 2."""
     try:
         return function()
     except MpidlError as error:
-        print(f"mpidl: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(2) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -20,6 +19,7 @@ from mpidl.bench import step as step_bench
 from mpidl.bench import stragglers as stragglers_bench
 from mpidl.bench import trace as trace_bench
 from mpidl.cli import launcher
+from mpidl.cli.told import complain
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
 from mpidl.plan import units
 
@@ -251,5 +251,5 @@ def _or_exit(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except MpidlError as error:
-        print(f"mpidl: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(2 if isinstance(error, (InvalidArgument, MPINotFound)) else 1) from None

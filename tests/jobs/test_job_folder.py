@@ -82,6 +82,7 @@ def test_what_a_script_says_counts(tmp_path: Path) -> None:
     assert done.status == 0, done
     assert files(tmp_path / "out") == {*WRITTEN, "summary.json"}
     assert any(name.startswith("step-") for name in files(tmp_path / "kept"))
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700  # for nobody else
     assert files(tmp_path / "run") == {"trainer-2"}
 
 

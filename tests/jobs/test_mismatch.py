@@ -115,10 +115,11 @@ def test_run_without_a_library(command: str) -> None:
     line = (sys.executable, "-m", "mpidl", *command.split(), "-n", "2", "examples/digits_mlp.py")
     result = job.execute("openmpi", *line, MPI4PY_LIBMPI=NOWHERE)
     assert (result.status, result.output) == (2, ""), result
-    assert result.errors.startswith("mpidl: no MPI library found"), result
-    assert result.errors.count("\n") == 1, result
+    told = " ".join(result.errors.split())  # it is cut at 80 columns
+    assert told.startswith("mpidl: no MPI library found"), result
+    assert told.count("mpidl: ") == 1 and TRACEBACK not in told, result
     for part in (NOWHERE, *WAYS):
-        assert part in result.errors, result
+        assert part in told, result
 
 
 def test_doctor_without_a_library() -> None:
@@ -130,6 +131,6 @@ def test_doctor_without_a_library() -> None:
     assert (report.status, report.errors) == (1, ""), report
     found = json.loads(report.output)
     assert found["healthy"] is False and found["facts"]["mpi"] is None, report
-    for text in (result.output, *found["problems"]):
+    for text in (" ".join(result.output.split()), *found["problems"]):
         for part in (NOWHERE, *WAYS):
             assert part in text, text

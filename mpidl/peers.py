@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl import shared
-from mpidl.array import gpu_name
+from mpidl.array import gpu_name, out_of_memory
 from mpidl.errors import MpidlError, NoPeerAccess, OutOfDeviceMemory
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 BLOCK = 1 << 21  # what the driver maps: memory in the same block as ours would be mapped with it
 ALIGNMENT = 512  # as CuPy's pool
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-MIB = 1 << 20
 
 _leaving: list[tuple[int, Any]] = []  # memory of ours, and who has unmapped it
 _events: list[Any] = []  # of ours, for ever: peers may have them open
@@ -109,12 +108,7 @@ def _malloc(size: int, what: str) -> int:
             if error.status != OUT_OF_MEMORY:
                 raise
             if last:
-                free, total = runtime.memGetInfo()
-                raise OutOfDeviceMemory(
-                    f"GPU {gpu_name()} is out of memory: {size / MIB:,.0f} MiB were wanted for "
-                    f"{what}, and {free / MIB:,.0f} of {total / MIB:,.0f} MiB are free: expected a "
-                    "smaller model or batch, fewer ranks on a GPU, or more GPUs"
-                ) from error
+                raise out_of_memory(size, what) from error
             cupy.get_default_memory_pool().free_all_blocks()  # what the pool keeps, and nobody uses
     raise AssertionError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mpidl.array import gpu_of, is_device, namespace, to_numpy
+from mpidl.array import gpu_model, gpu_of, is_device, namespace, to_numpy
 from mpidl.autograd.pending import settle
-from mpidl.binding import check_gpus
+from mpidl.binding import check_gpus, check_models
 from mpidl.errors import InvalidArgument, MpidlError, NonFiniteGradient
 from mpidl.staging import Staging, wire
 
@@ -43,6 +43,8 @@ class Placement:
         self._places: dict[str, tuple[Array, Array]] = {}
         self._shared = strategy.shared
         check_gpus(world, gpu_of(buckets[0].param) if buckets else None)
+        if buckets and is_device(buckets[0].param):
+            check_models(world, gpu_model())
         staging, root = Staging(world), world.rank == 0
         for flat in buckets:
             values = namespace(flat.param).zeros_like(flat.param)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mpidl.bench import jobs
-from mpidl.bench.allreduce import show_absent
+from mpidl.bench.allreduce import check_device, show_absent
 from mpidl.bench.step_breakdown import PHASES
 from mpidl.errors import InvalidArgument
 from mpidl.strategies import own
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MODELS = ("wide", "mlp", "cnn", "transformer")
 METHODS = (
-    *("local", *own(), "auto", "microbatches", "hierarchical_blocking"),
+    *("local", *own(), "nccl", "auto", "microbatches", "hierarchical_blocking"),
     *("torch_local", "ddp", "horovod"),
 )
 KNOWN = (*METHODS, "noise")  # which is measured only if asked for
@@ -40,6 +40,7 @@ def run(
     codecs: Sequence[str] = (),
     samples: int | None = None,
     framework: str = "mpidl",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Return {"machine", "rows": one for each model and method, "memory", "absent"}.
 
@@ -48,6 +49,8 @@ def run(
     """
     check_names("framework", [framework], tuple(FRAMEWORKS))
     check_names("model", models, FRAMEWORKS[framework])
+    if check_device(device) == "cuda" and (framework != "mpidl" or codecs):
+        raise InvalidArgument("--device cuda: expected --framework mpidl, and no codecs")
     if framework == "torch":
         check_names("method", methods or [], TORCH_METHODS)
         if codecs:
@@ -63,7 +66,9 @@ def run(
     module = "mpidl.bench.step_ranks"
     options: dict[str, Any] = {"turns": turns, "methods": methods, "codecs": codecs}
     options["samples"] = samples
-    report = jobs.run(module, ranks, hosts, models=models, **options)
+    report = jobs.run(module, ranks, hosts, models=models, device=device, **options)
+    if device == "cuda":
+        return {**report, "memory": []}
     asked = MEMORY_METHODS if MEMORY_MODEL in models else ()
     report["memory"] = [
         jobs.run("mpidl.bench.step_memory", ranks, hosts, model=MEMORY_MODEL, method=method)

@@ -134,6 +134,7 @@ def make(
                 f"strategy: expected a name or a strategy, found {told(strategy)}"
             )
         whole("strategy: size", size)
+        on_device, half, measured = bool(on_device), bool(half), bool(measured)
         coded = codecs.make(codec)
         if coded is not None and strategy not in (*TAKE_CODECS, "auto"):
             raise InvalidArgument(

@@ -61,7 +61,7 @@ class Adasum:
 
         What lies outside of the layers is padding: it stays as it is.
         """
-        param, grad = private(size, dtype, xp)
+        param, grad = private(size, dtype, xp, self.world)
         layers = [slice(start, start + math.prod(shape)) for start, shape in layout]
         self._layers[id(grad)] = layers or [slice(0, size)]
         weakref.finalize(grad, self._layers.pop, id(grad)).atexit = False

@@ -112,7 +112,7 @@ class Hierarchical:
         before = sum(counts[: self.world.local_rank])
         mine = slice(before, before + counts[self.world.local_rank])
         if 1 < self.world.nodes == self.world.size:  # nobody to share with
-            param, grad = private(size, dtype, xp)
+            param, grad = private(size, dtype, xp, self.world)
             # grad[:]: no reference to itself
             grads = [*(np.empty_like(grad) for _ in range(mine.stop - 1)), grad[:]]
         else:

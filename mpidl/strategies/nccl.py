@@ -69,7 +69,7 @@ class Nccl:
                 'strategy "nccl" averages on GPUs, and the model is in host memory: use '
                 '"hierarchical", or "auto"'
             )
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def owned(self, size: int) -> slice:
         """Return all of it."""

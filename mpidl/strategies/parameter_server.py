@@ -59,7 +59,7 @@ class ParameterServer:
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def owned(self, size: int) -> slice:
         """Return the part of a server, and nothing for the others."""

@@ -56,7 +56,7 @@ class Ring:
         """Return zeroed private arrays (size,). Raises InvalidArgument for a codec on a GPU."""
         if self.codec is not None and xp is not np:
             raise InvalidArgument(f"ring: codec {self.codec} works in host memory; not on a GPU")
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def codecs(self) -> list[codecs.Codec]:
         """Return those that may draw random numbers."""

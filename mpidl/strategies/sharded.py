@@ -37,7 +37,7 @@ class Sharded:
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def owned(self, size: int) -> slice:
         """Return this rank's part."""

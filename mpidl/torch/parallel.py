@@ -138,11 +138,10 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         places.check_gpus(world, trained)
         size = places.size_bytes(trained)
         on_device = any(p.is_cuda for p in trained.values())
-        taken = not made_for_thread(asked.strategy)
         beside = for_thread(
             world,
             asked.overlap,
-            ("a strategy that was made for this thread", taken),
+            ("a strategy that was made for this thread", not made_for_thread(asked.strategy)),
             ("a module on the GPU", on_device),
             ("microbatches", asked.microbatches is not None),
         )

@@ -62,6 +62,7 @@ INTERNAL = {
     "plan.model:Times": "made by times",
     "strategies.*:*.*": "called by DataParallel, with buckets",
     "strategies:Choice*": "made by make",
+    "strategies:takes_half": "called by DataParallel, where errors are told on all ranks",
     "strategies.base:in_turn": "for strategies",
     "strategies.base:publish_in_turn": "for strategies",
     "strategies.*:*": "takes a world; options are fuzzed where there are any",

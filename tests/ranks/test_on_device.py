@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from mpidl.errors import InvalidArgument, NoPeerAccess, OutOfDeviceMemory
 from mpidl.strategies import AllReduce, Hierarchical, auto, make
 from mpidl.strategies.device_hierarchical import DeviceHierarchical
 from tests import stand_in_cuda
-from tests.ranks.conftest import DEVICE, as_nodes
+from tests.ranks.conftest import DEVICE, STRATEGIES, as_nodes
 
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" or (DEVICE == "stand-in" and stand_in_cuda.COMPILER is None),
@@ -182,6 +183,38 @@ def test_out_of_memory_names_what_was_wanted(world: mpidl.World, xp: Any) -> Non
         strategy.allocate(1_000_000, np.dtype("float32"), xp)
     with stand_in_cuda.changed(free=0, pooled=1 << 30):  # the pool gives back what it keeps
         strategy.allocate(1_000_000, np.dtype("float32"), xp)
+
+
+@stand_in_only
+def test_out_of_memory_in_cupys_pool_is_told_on_every_rank(
+    world: mpidl.World, xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def zeros(*_: Any) -> Any:
+        raise MemoryError("out of memory")
+
+    if world.rank == world.size - 1:
+        monkeypatch.setattr(xp, "zeros", zeros, raising=False)
+    for name in ("allreduce", "ring", "sharded", "parameter_server"):
+        with pytest.raises(
+            OutOfDeviceMemory, match=r"8 MiB were wanted for a gradient .* of 1,000,000 elements"
+        ):
+            STRATEGIES[name](world).allocate(1_000_000, np.dtype("float32"), xp)
+
+
+@stand_in_only
+def test_gpus_of_several_models_are_told_once(world: mpidl.World) -> None:
+    if world.size == 1:
+        pytest.skip("it has one")
+    text = "1 x Slow" if world.size > 2 else "1 x Fast, 1 x Slow"
+    name = b"Slow" if world.rank == world.size - 1 else b"Fast"
+    with stand_in_cuda.changed(name=name), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        mpidl.DataParallel(
+            nn.Linear(3, 2).to("cuda"), optim.SGD(0.1), "allreduce", world=world
+        ).close()
+    found = [str(one.message) for one in told if "several models" in str(one.message)]
+    assert len(found) == (world.rank == 0)
+    assert all(text in one for one in found)
 
 
 def test_auto_takes_what_is_fastest(

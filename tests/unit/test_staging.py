@@ -39,6 +39,9 @@ def test_chunks_come_and_go_back(
         for part in made.through(there, double):
             assert part.start == end
             end = part.stop
+            down, up = made._streams
+            assert xp.cuda.get_current_stream().ptr in down.knows  # made by what came before
+            assert up.ptr in down.knows or end <= 32  # the buffer is free again
             there[part] += 1  # what the current stream does next comes after the copy
         assert end == size
         assert seen == host.tolist()

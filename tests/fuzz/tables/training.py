@@ -131,7 +131,8 @@ def injecting() -> Given:
 def one() -> Given:
     return given(nn.Linear(3, 2), optim.SGD(0.1), "allreduce", check_finite=True, clip_norm=1.0,
         clip_value=1.0, accumulate=1, microbatches=None, local_steps=1, codec=None,
-        overlap="auto", bucket_bytes="auto", audit_every=10, noise_every=1,
+        overlap="auto", bucket_bytes="auto", precision=None, audit_every=10,
+        noise_every=1,
     )._replace(then=closed)  # fmt: skip
 
 
@@ -139,7 +140,8 @@ def a_trainer() -> Given:
     return given(nn.Linear(3, 2), nn.mse, optim.SGD(0.1), "allreduce", local_steps=1, codec=None,
         overlap="auto", bucket_bytes="auto", metrics={"accuracy": nn.accuracy}, check_finite=False,
         clip_norm=None, clip_value=None, accumulate=1, microbatches=None, checkpoint=None,
-        checkpoint_every=None, keep=3, best=None, resume=False, audit_every=10, noise_every=1,
+        checkpoint_every=None, keep=3, best=None, resume=False, precision=None, audit_every=10,
+        noise_every=1,
         out=None, settings=None, quiet=True, tensorboard=False,
          elastic=False)._replace(then=closed)  # fmt: skip
 
@@ -172,7 +174,8 @@ TABLE: dict[str, Callable[[], Given]] = {
         kept=1, then=closed
     ),
     "strategies:make": lambda: given(
-        "ring", world=WORLD, size=1000, codec="int8", microbatches=None, on_device=False
+        "ring", world=WORLD, size=1000, codec="int8", microbatches=None, on_device=False,
+        half=False, measured=True,
     ),
     "testing.cut:Cut": lambda: given(0, 1, 0.1, None, "before"),
     "testing.faults:Corrupt": lambda: given(0, (1, 2), 1, "gradient", "before"),

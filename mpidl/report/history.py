@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from mpidl.trainer import Epoch
+    from mpidl.history import Epoch
 
 
 @refuses
@@ -39,7 +39,7 @@ def plot_history(history: Sequence[Epoch], file: str | Path | None = None) -> An
 
         mpidl.plot_history(trainer.fit(train, epochs=10, batch_size=256), "history.png")
     """
-    from mpidl.trainer import Epoch
+    from mpidl.history import Epoch
 
     good = isinstance(history, (list, tuple)) and all(isinstance(e, Epoch) for e in history)
     if not good or not history:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpidl.clock import PHASES
 from mpidl.errors import InvalidArgument
-from mpidl.report.values import Lines, mapping, number, numbers, printable, read, whole
+from mpidl.report.values import Lines, mapping, number, numbers, printable, read, time, whole
 
 OWN = ("compute", "data", "update")  # a rank's own work of a step: what makes others wait
 FILES = ("config.json", "metrics.jsonl", "state.json")
@@ -126,7 +126,7 @@ class Run:
         found = {phase: np.zeros(ranks) for phase in PHASES}
         for row in rows:
             for phase, values in row.items():  # ranks that came or went have fewer epochs
-                found[phase][: len(values)] += np.nan_to_num(values, posinf=0.0, neginf=0.0)
+                found[phase][: len(values)] += np.nan_to_num(values)
         return found
 
     def updates(self) -> float:
@@ -178,9 +178,9 @@ def _steps(record: dict[str, Any]) -> Steps | None:
     step, count = whole(record.get("step")), whole(record.get("count"))
     if step is None:
         return None
-    seconds = {p: number(v) for p, v in mapping(record.get("seconds")).items() if p in PHASES}
-    time, loss, rate = (number(record.get(n)) for n in ("time", "loss", "samples_per_second"))
-    return Steps(step, max(1, count or 1), time, loss, rate, seconds)
+    seconds = {p: time(v) for p, v in mapping(record.get("seconds")).items() if p in PHASES}
+    when, loss, rate = (number(record.get(n)) for n in ("time", "loss", "samples_per_second"))
+    return Steps(step, max(1, count or 1), when, loss, rate, seconds)
 
 
 def _epoch(record: dict[str, Any]) -> Epoch | None:
@@ -193,7 +193,7 @@ def _epoch(record: dict[str, Any]) -> Epoch | None:
         steps,
         number(record.get("loss")),
         metrics,
-        number(record.get("seconds")),
+        time(record.get("seconds")),
         number(record.get("samples_per_second")),
         number(record.get("time")),
         _lists(record.get("phases")),
@@ -203,8 +203,12 @@ def _epoch(record: dict[str, Any]) -> Epoch | None:
     )
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _lists(value: Any) -> dict[str, list[float]]:
-    found = {phase: numbers(mapping(value).get(phase)) for phase in PHASES}
+    found = {p: [time(v) for v in _list(mapping(value).get(p))] for p in PHASES}
     return found if any(found.values()) else {}
 
 
@@ -212,8 +216,8 @@ def _columns(record: dict[str, Any]) -> Times | None:
     epoch, first = whole(record.get("epoch")), whole(record.get("first_step"))
     each = whole(record.get("steps_per_column"))
     given = mapping(record.get("seconds"))
-    rows = {p: [numbers(r) for r in v] for p, v in given.items()
-            if p in PHASES and isinstance(v, list)}  # fmt: skip
+    rows = {p: [[time(one) for one in _list(r)] for r in _list(v)] for p, v in given.items()
+            if p in PHASES}  # fmt: skip
     ranks = max(map(len, rows.values()), default=0)
     columns = max((len(r) for v in rows.values() for r in v), default=0)
     if epoch is None or first is None or not each or not ranks or not columns:

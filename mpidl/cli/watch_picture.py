@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.text import Text
 
+from mpidl.clock import PHASES
 from mpidl.report.drawing import duration, finite, short
-from mpidl.report.run import OWN, PHASES
+from mpidl.report.run import OWN
 from mpidl.report.values import number, printable
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from mpidl.report.drawing import (
     time_unit,
     updates,
 )
+from mpidl.report.scaling import rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +46,6 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
     with sheet("Loss", "updates", "loss") as made:
         every: list[float] = []
         for i, run in enumerate(runs):
-            of = "" if single else f"{run.name}, "
             raw = [s.loss for s in run.steps]
             if finite(raw):
                 look = {"color": style.look(i)["color"], "alpha": 0.35, "linewidth": 1.0}
@@ -56,14 +56,18 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
             tests = [e.metrics.get("loss", float("nan")) for e in run.epochs]
             if finite(y):
                 plot(made.panel, x, y, **style.look(i))
-                made.legend.append(entry(f"{of}training, by epoch", i))
+            if finite(y) or not single:
+                made.legend.append(entry("training, by epoch" if single else run.name, i))
             if finite(tests):
                 j = i + 1 if single else i
                 plot(made.panel, x, tests, **style.look(j), linestyle="--")
-                made.legend.append(entry(f"{of}test", j, "dash"))
+                if single:
+                    made.legend.append(entry("test", j, "dash"))
             every += [*raw, *y, *tests]
         if not finite(every):
             return None
+        if not single:
+            made.legend += [Entry("training", "ink"), Entry("test", "ink", "dash")]
         logarithmic(made.panel, every)
         updates(made.panel, runs)
         says = " ".join(_course(run, [e.loss for e in run.epochs], "training loss") for run in runs)
@@ -140,7 +144,9 @@ def throughput(runs: Sequence[Run]) -> Figure | None:
             says.append(_course(run, [y for _, y in rates or steps], "samples per second"))
         if not says:
             return None
-        made.panel.set_ylim(bottom=0)
+        logarithmic(made.panel, [rate(run) for run in runs])
+        if made.panel.get_yscale() == "linear":
+            made.panel.set_ylim(bottom=0)
         style.counts(made.panel.yaxis)
         updates(made.panel, runs)
         if single and runs[0].steps:

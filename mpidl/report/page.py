@@ -54,7 +54,7 @@ def page(runs: Sequence[Run]) -> str:
         runs=runs,
         describe=_describe,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        title=" and ".join(run.name for run in runs),
+        title=", ".join(run.name for run in runs),
         version=__version__,
         tiles=_tiles(facts[0]) if len(runs) == 1 else {},
         facts=tables.beside("Results", runs, facts, mark=False),

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpidl.clock import PHASES
 from mpidl.report import style
 from mpidl.report.drawing import Entry, percent, sheet, short, thin, time_unit, updates
-from mpidl.report.run import OWN, PHASES
+from mpidl.report.run import OWN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,20 +18,25 @@ if TYPE_CHECKING:
     from mpidl.report.drawing import Figure
     from mpidl.report.run import Run
 
+FAR = 8  # bars shorter by this factor than another run's get an axis of their own
 BARS = 96  # with more ranks bars touch each other
 ROWS, COLUMNS = 128, 320  # cells of a heat map at most: ranks, and parts of the run
 BLOCKS = [Entry(p, style.VARIABLES[style.PHASE_COLOURS[p]], "block") for p in PHASES]
 
 
-def by_rank(run: Run, prefix: str, top: float) -> Figure | None:
-    """Return the seconds of each rank by phase, as stacked bars up to `top` seconds."""
-    found = run.phases()
+def by_rank(run: Run, prefix: str, limit: float) -> Figure | None:
+    """Return a step's time on each rank by phase, as stacked bars on an axis up to `limit`."""
+    found = step_times(run)
     if not found:
         return None
+    own = np.sum([found[p] for p in OWN], axis=0)
+    longest = float(np.sum(list(found.values()), axis=0).max()) or 1e-9
+    scaled = longest >= limit / FAR
+    top = limit if scaled else longest
     unit, name = time_unit(top)
     ranks = len(found["compute"])
     edges = np.arange(ranks + 1) - 0.5
-    with sheet("Time of each rank", "rank", f"time ({name})") as made:
+    with sheet("Time of a step by rank", "rank", f"time of a step ({name})") as made:
         below = np.zeros(ranks)
         for phase in PHASES:
             above = below + found[phase] / unit
@@ -50,12 +56,10 @@ def by_rank(run: Run, prefix: str, top: float) -> Figure | None:
         made.legend = BLOCKS
         total = sum(values.sum() for values in found.values()) or math.nan
         shares = ", ".join(f"{p} {percent(found[p].sum() / total)}" for p in PHASES)
-        own = np.sum([found[p] for p in OWN], axis=0)
         says = f"Of all ranks' time: {shares}. Rank {own.argmax()} has most work of its own."
-        note = (
-            "Where one rank computes longer, the others wait: a wait that differs between ranks "
-            "is uneven work, one that all share is the network or a file system."
-        )
+        note = "Mean of all steps. Where one rank computes longer, the others wait."
+        if not scaled:
+            note += " Mind the axis: it is not that of the other run."
         return made.done(prefix, says, note, run.name)
 
 
@@ -92,13 +96,16 @@ def heat(run: Run, prefix: str) -> Figure | None:
     grid, rows, last = work(run)
     if not grid.size or np.isnan(grid).all():
         return None
-    unit, name = time_unit(float(np.nanmedian(grid)) * 3)
+    low, high = float(np.nanmin(grid)), float(np.nanquantile(grid, 0.995))
+    if high < 1.02 * low or high <= 0:  # no colours for what is noise
+        low, high = 0.99 * low, 1.01 * low + 1e-9
+    unit, name = time_unit(high)
+    low, high = low / unit, high / unit
     ranks = rows * grid.shape[0]
     with sheet("Work of each rank", "updates", "rank") as made:
-        low, high = np.nanmin(grid) / unit, np.nanquantile(grid, 0.995) / unit
         shown = {"cmap": style.HEAT, "aspect": "auto", "interpolation": "none"}
         made.panel.imshow(
-            grid / unit, vmin=low, vmax=max(high, low * (1 + 1e-9) + 1e-12), **shown,
+            grid / unit, vmin=low, vmax=high, **shown,
             extent=(0, last, ranks - 0.5, -0.5),
         )  # fmt: skip
         made.panel.grid(visible=False)
@@ -107,7 +114,7 @@ def heat(run: Run, prefix: str) -> Figure | None:
         _whole(made.panel.yaxis)
         bar = made.panel.inset_axes((1.04, 0.0, 0.035, 1.0))
         scale = np.linspace(high, low, 64)[:, None]
-        bar.imshow(scale, **shown, extent=(0, 1, low, max(high, low + 1e-12)))
+        bar.imshow(scale, **shown, extent=(0, 1, low, high))
         bar.grid(visible=False)
         bar.set_xticks([])
         bar.yaxis.tick_right()
@@ -152,9 +159,16 @@ def work(run: Run) -> tuple[np.ndarray, int, int]:
     return np.fmax.reduce(folded, axis=1), rows, last
 
 
+def step_times(run: Run) -> dict[str, np.ndarray]:
+    """Return seconds a step, the mean of the run, of each rank (ranks,) by phase."""
+    updates = run.updates()
+    found = run.phases()
+    return {p: v / updates for p, v in found.items()} if updates > 0 else {}
+
+
 def top(runs: Sequence[Run]) -> float:
-    """Return the most seconds of any rank, for bars that compare."""
-    sums = [np.sum(list(p.values()), axis=0).max() for run in runs if (p := run.phases())]
+    """Return the longest step of any rank, in seconds, for bars that compare."""
+    sums = [np.sum(list(p.values()), axis=0).max() for run in runs if (p := step_times(run))]
     return float(max([1e-9, *sums]))
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mpidl.clock import PHASES
 from mpidl.errors import InvalidArgument
-from mpidl.report.values import Lines, mapping, number, numbers, printable, read, whole
+from mpidl.report.values import Lines, mapping, number, numbers, printable, read, time, whole
 
-#: What a rank's time is spent on, in this order everywhere; see docs/report.md.
-PHASES = ("compute", "data", "wait", "reduce", "update", "other")
 OWN = ("compute", "data", "update")  # a rank's own work of a step: what makes others wait
 FILES = ("config.json", "metrics.jsonl", "state.json")
 
@@ -79,17 +78,19 @@ class Run:
         self.look()
 
     def _begin(self) -> None:
-        self.epochs: list[Epoch] = []
-        self.steps: list[Steps] = []
+        self._earlier: tuple[list[Steps], list[Epoch]] = [], []
         self.times: list[Times] = []
         self._now = {}
         for name, take in (("metrics.jsonl", self._metrics), ("times.jsonl", self._times)):
             earlier = [p for p in self.path.glob(f"{name}.*") if p.suffix[1:].isdecimal()]
             earlier.sort(key=lambda p: int(p.suffix[1:]))
-            files = [Lines(path) for path in (*earlier, self.path / name)]
-            for lines in files[:-1]:
-                take(lines.new(), first=True)
-            self._now[name] = files
+            self._now[name] = [Lines(path) for path in (*earlier, self.path / name)]
+            for lines in self._now[name][:-1]:
+                self._file: tuple[list[Steps], list[Epoch]] = [], []
+                take(lines.new())
+                if name == "metrics.jsonl":
+                    self._earlier = _after(self._earlier, self._file)
+        self._file = [], []
 
     def look(self) -> None:
         """Read what is new."""
@@ -98,10 +99,9 @@ class Run:
         self.config = read(self.path / "config.json")
         self.state = read(self.path / "state.json")
         self.summary = read(self.path / "summary.json")
-        for name, take in (("metrics.jsonl", self._metrics), ("times.jsonl", self._times)):
-            lines = self._now[name][-1]
-            first = lines.place == 0
-            take(lines.new(), first=first)
+        self._metrics(self._now["metrics.jsonl"][-1].new())
+        self._times(self._now["times.jsonl"][-1].new())
+        self.steps, self.epochs = _after(self._earlier, self._file)
 
     @property
     def damaged(self) -> dict[str, int]:
@@ -126,30 +126,31 @@ class Run:
         found = {phase: np.zeros(ranks) for phase in PHASES}
         for row in rows:
             for phase, values in row.items():  # ranks that came or went have fewer epochs
-                found[phase][: len(values)] += np.nan_to_num(values, posinf=0.0, neginf=0.0)
+                found[phase][: len(values)] += np.nan_to_num(values)
         return found
 
-    def _metrics(self, records: list[dict[str, Any]], *, first: bool) -> None:
+    def updates(self) -> float:
+        """Return how many updates `phases` covers."""
+        some = [epoch for epoch in self.epochs if epoch.phases]
+        if not some:
+            return number(self.summary.get("steps"))
+        first = some[0]
+        return some[-1].steps - first.steps + first.steps / max(1, first.epoch)
+
+    def _metrics(self, records: list[dict[str, Any]]) -> None:
+        steps, epochs = self._file
         for record in records:
             if record.get("kind") == "steps":
-                one = _steps(record)
-                if one is None:
-                    continue
-                if self.steps and (first or one.step <= self.steps[-1].step):
-                    begin = one.step - one.count
-                    self.steps = [s for s in self.steps if s.step <= begin]
-                if first:  # a run that went on from a checkpoint, or began anew
-                    begin = one.step - one.count
-                    self.epochs = [e for e in self.epochs if e.steps <= begin]
-                    first = False
-                self.steps.append(one)
+                if (one := _steps(record)) is not None:
+                    while steps and steps[-1].step >= one.step:  # made again: ranks had died
+                        steps.pop()
+                    steps.append(one)
             elif (made := _epoch(record)) is not None:
-                if self.epochs and made.epoch <= self.epochs[-1].epoch:
-                    self.epochs = [e for e in self.epochs if e.epoch < made.epoch]
-                self.epochs.append(made)
-                first = False
+                while epochs and epochs[-1].epoch >= made.epoch:
+                    epochs.pop()
+                epochs.append(made)
 
-    def _times(self, records: list[dict[str, Any]], *, first: bool) -> None:  # noqa: ARG002
+    def _times(self, records: list[dict[str, Any]]) -> None:
         for record in records:
             made = _columns(record)
             if made is not None:
@@ -157,13 +158,29 @@ class Run:
                 self.times.append(made)
 
 
+def _after(
+    earlier: tuple[list[Steps], list[Epoch]], later: tuple[list[Steps], list[Epoch]]
+) -> tuple[list[Steps], list[Epoch]]:
+    """Return what two files tell, where the later one began anew or went on from a checkpoint."""
+    steps, epochs = later
+    if not steps and not epochs:
+        return earlier
+    number = epochs[0].epoch if epochs else None
+    begin = steps[0].step - steps[0].count if steps else None
+    before = [e for e in earlier[1] if number is None or e.epoch < number]
+    if begin is None:
+        begin = before[-1].steps if before else 0
+    before = [e for e in before if e.steps <= begin]
+    return [*(s for s in earlier[0] if s.step <= begin), *steps], [*before, *epochs]
+
+
 def _steps(record: dict[str, Any]) -> Steps | None:
     step, count = whole(record.get("step")), whole(record.get("count"))
     if step is None:
         return None
-    seconds = {p: number(v) for p, v in mapping(record.get("seconds")).items() if p in PHASES}
-    time, loss, rate = (number(record.get(n)) for n in ("time", "loss", "samples_per_second"))
-    return Steps(step, max(1, count or 1), time, loss, rate, seconds)
+    seconds = {p: time(v) for p, v in mapping(record.get("seconds")).items() if p in PHASES}
+    when, loss, rate = (number(record.get(n)) for n in ("time", "loss", "samples_per_second"))
+    return Steps(step, max(1, count or 1), when, loss, rate, seconds)
 
 
 def _epoch(record: dict[str, Any]) -> Epoch | None:
@@ -176,7 +193,7 @@ def _epoch(record: dict[str, Any]) -> Epoch | None:
         steps,
         number(record.get("loss")),
         metrics,
-        number(record.get("seconds")),
+        time(record.get("seconds")),
         number(record.get("samples_per_second")),
         number(record.get("time")),
         _lists(record.get("phases")),
@@ -186,8 +203,12 @@ def _epoch(record: dict[str, Any]) -> Epoch | None:
     )
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _lists(value: Any) -> dict[str, list[float]]:
-    found = {phase: numbers(mapping(value).get(phase)) for phase in PHASES}
+    found = {p: [time(v) for v in _list(mapping(value).get(p))] for p in PHASES}
     return found if any(found.values()) else {}
 
 
@@ -195,8 +216,8 @@ def _columns(record: dict[str, Any]) -> Times | None:
     epoch, first = whole(record.get("epoch")), whole(record.get("first_step"))
     each = whole(record.get("steps_per_column"))
     given = mapping(record.get("seconds"))
-    rows = {p: [numbers(r) for r in v] for p, v in given.items()
-            if p in PHASES and isinstance(v, list)}  # fmt: skip
+    rows = {p: [[time(one) for one in _list(r)] for r in _list(v)] for p, v in given.items()
+            if p in PHASES}  # fmt: skip
     ranks = max(map(len, rows.values()), default=0)
     columns = max((len(r) for v in rows.values() for r in v), default=0)
     if epoch is None or first is None or not each or not ranks or not columns:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 #: What a config says of where and when a run was, and how long: not of what a step computes.
 PLACE = (
-    "started", "command", "ranks", "nodes", "hosts", "mpi", "versions", "cpu", "cores", "threads",
-    "accelerators", "epochs", "seed", "out", "checkpoint",
+    "started", "command", "ranks", "nodes", "hosts", "ranks_on_node", "mpi", "versions", "cpu",
+    "cores", "threads", "accelerators", "epochs", "seed", "out", "checkpoint",
 )  # fmt: skip
 AVERAGE = ("strategy", "codec")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl.clock import PHASES
 from mpidl.report import noise, scaling
 from mpidl.report.drawing import duration, finite, percent, short, size
-from mpidl.report.run import PHASES
 from mpidl.report.values import number, printable
 
 if TYPE_CHECKING:

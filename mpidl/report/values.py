@@ -10,16 +10,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LARGEST = 2**53  # above, steps are no numbers of a run
+LONGEST = 1e10  # seconds: 300 years
+HUGE = 1e100  # as infinity: axes have to be longer than what is drawn on them
 
 
 def number(value: Any) -> float:
-    """Return a value of a file as a float: NaN for what is none. "nan" and "inf" are numbers."""
+    """Return a value of a file as a float: NaN for what is none; beyond `HUGE` infinity."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return math.nan
     try:
-        return float(value)
+        found = float(value)
     except (ValueError, OverflowError):
         return math.nan
+    huge = abs(found) > HUGE  # False of NaN
+    return math.copysign(math.inf, found) if huge else found
+
+
+def time(value: Any) -> float:
+    """Return seconds of a file: NaN for what no run can have taken."""
+    found = number(value)
+    return found if 0 <= found <= LONGEST else math.nan
 
 
 def whole(value: Any) -> int | None:

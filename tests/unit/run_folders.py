@@ -96,14 +96,15 @@ def make(
         "ranks": ranks, "steps": done, "seconds": wall,
         "phases": {p: v.tolist() for p, v in totals.items()},
         "slowest": int(np.argmax(totals["compute"])), "moved_bytes": 4 * 10**9,
-        "peak_memory_bytes": [3 * 10**8] * ranks, "efficiency": work / whole,
+        "peak_memory_bytes": [3 * 10**8] * ranks, "efficiency": work / (whole or 1.0),
         "advice": ["rank 2 computes 1.3 times as long as the median: look at its host"],
     }  # fmt: skip
+    last = metrics[-1] if metrics else {"loss": "nan", "samples_per_second": 0.0}
     state = {
         "state": "finished" if ended else "running", "time": now, "step": done,
         "steps": done if ended else 2 * done, "epoch": first + epochs,
-        "epochs": (first + epochs) * (1 if ended else 2), "loss": metrics[-1]["loss"],
-        "samples_per_second": metrics[-1]["samples_per_second"], "ranks": ranks, "waiting": 0.04,
+        "epochs": (first + epochs) * (1 if ended else 2), "loss": last["loss"],
+        "samples_per_second": last["samples_per_second"], "ranks": ranks, "waiting": 0.04,
         "seconds_left": 0.0 if ended else 83.0,
     }  # fmt: skip
     write(folder / "config.json", [config | (settings or {})])

@@ -53,7 +53,8 @@ def of(run: Run) -> Noise | None:
     batches = [n["batch"] for n in some if _positive(n, "batch")]
     if not batches:
         return None
-    estimates = int(some[-1].get("estimates", 0))
+    counted = some[-1].get("estimates", math.nan)
+    estimates = int(counted) if math.isfinite(counted) else 0
     return Noise(float(np.median([n["scale"] for n in some])), batches[-1], estimates)
 
 

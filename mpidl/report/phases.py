@@ -120,7 +120,8 @@ def heat(run: Run, prefix: str) -> Figure | None:
         bar.yaxis.tick_right()
         bar.yaxis.set_label_position("right")
         bar.set_ylabel(f"own work of a step ({name})")
-        slow = np.nanmean(grid, axis=1)
+        known = ~np.isnan(grid)
+        slow = np.nansum(grid, axis=1) / np.maximum(1, known.sum(axis=1))
         i = int(np.nanargmax(slow)) * rows
         who = f"rank {i}" if rows == 1 else f"ranks {i} to {min(i + rows, ranks) - 1}"
         says = f"Most work: {who}, {short(float(np.nanmax(slow)) / unit)} {name} a step; "

@@ -163,8 +163,10 @@ def milli(seconds: float) -> str:
 
 def table(rows: Sequence[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> list[str]:
     """Return lines of columns; those that are `left` of their numbers are cut where it is wide."""
+    from rich.cells import cell_len, set_cell_size
+
     texts = [[clean(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*texts, strict=True)]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         longest = max(left, key=lambda i: widths[i])
         if widths[longest] <= 8:
@@ -173,7 +175,7 @@ def table(rows: Sequence[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> list
     made = []
     for row in texts:
         cells = [
-            cut(cell, width).ljust(width) if i in left else cell.rjust(width)
+            set_cell_size(cut(cell, width), width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         made.append("  ".join(cells).rstrip())
@@ -181,10 +183,15 @@ def table(rows: Sequence[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> list
 
 
 def cut(text: str, width: int) -> str:
-    """Return at most `width` characters of it, the end and the beginning."""
-    if len(text) <= width:
+    """Return at most `width` columns of a terminal of it, the beginning and the end."""
+    from rich.cells import cell_len, chop_cells
+
+    if cell_len(text) <= width:
         return text
-    return f"{text[: width - width // 2 - 2]}..{text[len(text) - width // 2 :]}"
+    end = width // 2
+    while cell_len(text[len(text) - end :]) > width // 2:
+        end -= 1
+    return f"{chop_cells(text, width - width // 2 - 2)[0]}..{text[len(text) - end :]}"
 
 
 def clean(text: str) -> str:

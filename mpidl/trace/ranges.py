@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
+AVERAGE = "mpidl.average"  # the range of each call
 recorder: Recorder | None = None  #: None where nothing is recorded
 
 

@@ -37,7 +37,7 @@ def start(world: World) -> None:
         run = config.trace_run() or config.run_id() or os.urandom(8).hex()
         events = config.trace_events() or max(LEAST, min(MOST, MOST_IN_ALL // world.size))
         told = path, run, os.urandom(8).hex(), events
-    told = world.broadcast(told)
+    told = world.comm.bcast(told, 0)
     if told is not None and _session is None:
         _session = _Session(world, *told)
         config.note_trace(_session.run)

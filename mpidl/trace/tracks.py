@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mpidl.clock import COMPUTE, OTHER, PHASES, REDUCE
+from mpidl.clock import COMPUTE, OTHER, PHASES
 from mpidl.trace.parts import PHASE, SECONDS, SPAN, SPLIT, STEP, TRACK
+from mpidl.trace.ranges import AVERAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -65,7 +66,7 @@ class Tracks:
     steps: list[Step] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     moves: list[tuple[float, int, int]] = field(default_factory=list)  #: when, new rank, of many
-    marked: bool = True  #: False where steps are those that end with an average
+    marked: bool = True  #: False where steps are averages
 
 
 def of_part(part: Part, shift: Shift) -> Tracks:
@@ -102,7 +103,7 @@ def of_part(part: Part, shift: Shift) -> Tracks:
     made.moves = [(float(t), *moved[1:]) for t, moved in zip(at, part.moves, strict=True)]
     made.marked = bool(marks)
     marks.sort(key=lambda mark: mark[1])
-    made.steps = steps_of(made.phases, marks or averages(made.phases))
+    made.steps = steps_of(made.phases, marks or averages(made.spans))
     return made
 
 
@@ -128,21 +129,15 @@ def steps_of(phases: list[Interval], marks: Iterable[tuple[int, float, float]]) 
     return steps
 
 
-def averages(phases: list[Interval]) -> list[tuple[int, float, float]]:
+def averages(spans: Iterable[Span]) -> list[tuple[int, float, float]]:
     """Return where averages ended, as `steps_of` wants it: for scripts that only call `average`."""
-    ends = []
-    last = None
-    reduces = False
-    for interval in phases:
-        if interval.phase in LOCAL and interval.end - interval.begin > LOCAL_SECONDS:
-            if reduces and last is not None:
-                ends.append(last)
-            last, reduces = None, False
-        elif interval.phase not in LOCAL:
-            last, reduces = interval.end, reduces or interval.of(REDUCE) > 0
-    if reduces and last is not None:
-        ends.append(last)
-    return [(number, end, 0.0) for number, end in enumerate(ends)]
+    marks: list[tuple[int, float, float]] = []
+    nbytes = 0.0
+    for span in spans:
+        if span.name == AVERAGE:
+            nbytes += span.nbytes
+            marks.append((len(marks), span.end, nbytes))
+    return marks
 
 
 def lanes(spans: Iterable[Span]) -> list[tuple[int, Span]]:

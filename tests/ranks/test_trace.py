@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mpidl import clock as phases
+from mpidl.bench import trace, trace_ranks
 from mpidl.trace import clocks, parts, session
 
 if TYPE_CHECKING:
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def test_clocks_of_machines_are_compared(world: mpidl.World) -> None:
-    """Every two ranks are a machine, whose clock is 3 s ahead of the one before."""
-    machine = world.rank // 2
+    """Rank 0, ranks 1 and 2, and rank 3 are machines, each 3 s ahead of the one before."""
+    machine = (world.rank + 1) // 2
 
     def clock() -> float:
         return time.perf_counter() + 3.0 * machine
@@ -74,3 +76,20 @@ def test_a_full_disk_at_rank_0_keeps_the_parts(
 
 def refuse(*_: object, **__: object) -> None:
     raise OSError("no space left")
+
+
+def test_the_benchmark(
+    world: mpidl.World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trace_ranks, "MODELS", (("mlp", 4),))
+    monkeypatch.setattr(trace_ranks, "BLOCK_SECONDS", 0.005)
+    monkeypatch.setattr(trace_ranks, "LOOPS", 50)
+    report = trace_ranks.measure(world, turns=1)
+    (row,) = report["rows"]
+    assert (row["samples"], row["ranks"]) == (4, world.size)
+    # data, two ranges, the step, and phases: of the average and the update, and between
+    assert 6 <= row["events"] <= 30
+    assert row["off_ms"] > 0 and row["on_ms"] > 0 and row["by_parts"] > 1
+    assert phases.listener is None
+    trace.show(report)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

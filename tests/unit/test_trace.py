@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import mpidl
@@ -34,6 +35,7 @@ HOSTILE = [
     "x" * 10_000,
     "",
     "日本",
+    "語" * 150,
 ]
 
 
@@ -419,8 +421,9 @@ def test_steps_of_a_script_that_only_averages(tmp_path: Path) -> None:
         other.interval(WAIT, i * 2.0 + 1.0, i * 2.0 + 1.5)
         for one in (rec, other):
             one.interval(REDUCE, i * 2.0 + 1.5, i * 2.0 + 1.6)
-            one.interval(OTHER, i * 2.0 + 1.6, i * 2.0 + 1.6001)  # between two averages
+            one.interval(OTHER, i * 2.0 + 1.6, i * 2.0 + 1.6001)
             one.interval(REDUCE, i * 2.0 + 1.6001, i * 2.0 + 2.0)
+            one.span(ranges.AVERAGE, i * 2.0 + 1.5, i * 2.0 + 1.99, 8.0)
     rec.close(end=6.0)
     other.close(end=6.0)
     merge.merge(tmp_path / "t.json")
@@ -429,6 +432,7 @@ def test_steps_of_a_script_that_only_averages(tmp_path: Path) -> None:
     assert {one["because"] for one in told["worst"]} == {"other"}
     names = [e["name"] for e in read(tmp_path) if e["ph"] == "X" and e["tid"] == merge.STEPS]
     assert names == ["average 0", "average 1", "average 2"] * 2
+    assert [e["args"]["bytes"] for e in read(tmp_path) if e.get("cat") == "step"] == [8] * 6
 
 
 def test_hostile_names(tmp_path: Path) -> None:
@@ -449,7 +453,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     shown = summary(str(path))
     assert shown.exit_code == 0
     for line in shown.stdout.splitlines():
-        assert line.isprintable() and len(line) <= 80, line
+        assert line.isprintable() and cell_len(line) <= 80, line
     assert "日本" in shown.stdout
 
 

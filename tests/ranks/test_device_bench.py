@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 
-import mpidl
 from mpidl.bench import device_ranks, step_ranks
 from mpidl.errors import MpidlError
 from mpidl.strategies import DeviceHierarchical
 from tests import stand_in_cuda
 from tests.ranks.conftest import DEVICE, KERNELS
+
+if TYPE_CHECKING:
+    import mpidl
 
 pytestmark = pytest.mark.skipif(
     DEVICE != "stand-in" or not KERNELS, reason="needs the stand-in and g++"

@@ -103,10 +103,15 @@ def test_training_has_the_hosts_bits(
             output = model(to_device(x, device))
             (output * output).mean().backward()
             replica.step(weight=len(x))
-        found.append([to_numpy(p.data).tobytes() for p in model.parameters()])
-        assert len(set(map(tuple, world.gather(found[-1])))) == 1
+        found.append([to_numpy(p.data).copy() for p in model.parameters()])
+        every = world.gather([value.tobytes() for value in found[-1]])
+        assert len(set(map(tuple, every))) == 1
         replica.close()
-    assert found[0] == found[1]
+    for host, there in zip(*found, strict=True):
+        if DEVICE == "stand-in":
+            assert host.tobytes() == there.tobytes()
+        else:  # a GPU's products of matrices have other bits
+            np.testing.assert_allclose(there, host, rtol=1e-4, atol=1e-5)
     assert len(launched) == (0 if name == "LAMB" else len(batches))  # of the device alone
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpidl.report.run import Run
 
 FAR = 8  # bars shorter by this factor than another run's get an axis of their own
-BARS = 96  # with more ranks bars touch each other
+BARS = 48  # with more ranks bars touch each other
 ROWS, COLUMNS = 128, 320  # cells of a heat map at most: ranks, and parts of the run
 BLOCKS = [Entry(p, style.VARIABLES[style.PHASE_COLOURS[p]], "block") for p in PHASES]
 

@@ -98,7 +98,8 @@ def plan(report: dict[str, Any], path: Path) -> None:
         panel.set_ylabel("efficiency (step alone / step)")
     panels[0].set_title(f"average after backward, step {report['step_ms']:.4g} ms")
     panels[1].set_title(f"while backward goes on, {report['gradient_bytes'] / 1e9:.3g} GB")
-    panels[1].legend(fontsize="x-small")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize="small")
     figure.savefig(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from mpidl.report import style
@@ -83,7 +84,10 @@ def _both(run: Run) -> list[float]:
 
 
 def _over_time(runs: Sequence[Run]) -> Figure | None:
-    spent = [list(accumulate(e.seconds for e in run.epochs)) for run in runs]
+    spent = [
+        list(accumulate(e.seconds if isfinite(e.seconds) else 0.0 for e in run.epochs))
+        for run in runs
+    ]
     ends = finite([times[-1] for times in spent if times])
     if not ends:
         return None

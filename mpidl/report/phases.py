@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpidl.report.run import Run
 
 FAR = 8  # bars shorter by this factor than another run's get an axis of their own
-BARS = 96  # with more ranks bars touch each other
+BARS = 48  # with more ranks bars touch each other
 ROWS, COLUMNS = 128, 320  # cells of a heat map at most: ranks, and parts of the run
 BLOCKS = [Entry(p, style.VARIABLES[style.PHASE_COLOURS[p]], "block") for p in PHASES]
 
@@ -120,11 +120,11 @@ def heat(run: Run, prefix: str) -> Figure | None:
         bar.yaxis.tick_right()
         bar.yaxis.set_label_position("right")
         bar.set_ylabel(f"own work of a step ({name})")
-        known = ~np.isnan(grid)
-        slow = np.nansum(grid, axis=1) / np.maximum(1, known.sum(axis=1))
-        i = int(np.nanargmax(slow)) * rows
+        there = ~np.isnan(grid)
+        slow = np.nansum(grid, axis=1) / np.maximum(there.sum(axis=1), 1)
+        i = int(slow.argmax()) * rows
         who = f"rank {i}" if rows == 1 else f"ranks {i} to {min(i + rows, ranks) - 1}"
-        says = f"Most work: {who}, {short(float(np.nanmax(slow)) / unit)} {name} a step; "
+        says = f"Most work: {who}, {short(float(slow.max()) / unit)} {name} a step; "
         says += f"the mean of all is {short(float(np.nanmean(grid)) / unit)} {name}."
         note = "Compute, data and update, without waiting. A bright row is a slow rank, a bright "
         note += "column a slow moment of all."

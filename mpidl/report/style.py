@@ -52,7 +52,8 @@ SETTINGS = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.fontsize": 10,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,  # lines below it are seen, and do not disturb
     "legend.labelcolor": INK,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,

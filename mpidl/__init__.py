@@ -10,7 +10,7 @@ from mpidl import autograd, data, errors, functional, nn, optim, signals, strate
 from mpidl.autograd import Tensor, no_grad, tensor
 from mpidl.average import average
 from mpidl.errors import MpidlError
-from mpidl.history import Epoch
+from mpidl.history import Epoch, History
 from mpidl.onnx import export_onnx
 from mpidl.parallel import DataParallel
 from mpidl.trace import range as range  # noqa: A004  # not in __all__: `import *` leaves Python's
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataParallel",
     "Epoch",
+    "History",
     "MpidlError",
     "Tensor",
     "Trainer",
@@ -39,6 +40,7 @@ __all__ = [
     "nn",
     "no_grad",
     "optim",
+    "plot_history",
     "save",
     "signals",
     "strategies",
@@ -50,4 +52,6 @@ def __getattr__(name: str) -> Any:
     """Import what most scripts do not need, when it is asked for."""
     if name == "checkpoint":
         return import_module("mpidl.checkpoint")
+    if name == "plot_history":
+        return import_module("mpidl.report.history").plot_history
     raise AttributeError(f"module 'mpidl' has no attribute {name!r}")

@@ -41,12 +41,12 @@ class World:
 
     MPI: Any  #: the module mpi4py.MPI
     comm: Any  #: mpi4py.MPI.Intracomm
-    rank: int
-    size: int
+    rank: int  #: number of this rank, from 0 on
+    size: int  #: number of ranks
     local_rank: int  #: rank among those that share this node's memory
-    local_size: int
-    node: int  #: nodes are numbered by their lowest rank
-    nodes: int
+    local_size: int  #: number of ranks on this node
+    node: int  #: number of this node; nodes are numbered by their lowest rank
+    nodes: int  #: number of nodes
     members: tuple[tuple[int, ...], ...]  #: the ranks of each node, by local rank
     local: Any  #: mpi4py.MPI.Intracomm of this node's ranks, by local rank
     beside: bool = False  #: whether this is for a thread beside another one that computes

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from mpidl.bench.allreduce import write_size
-from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.errors import InvalidArgument
 from mpidl.plan.report import label
+from mpidl.report import style
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 MARKERS = ("o-", "s:", "v:", "^:", "d:", "x:", "+:", "*:")  # of a plan, by codec; first none's
+WIDE, HIGH = 6.0, 5.0  # inches of a panel
 
 
 def check(path: Path) -> None:
@@ -20,7 +21,7 @@ def check(path: Path) -> None:
 
     To be called before anything is measured.
     """
-    formats = _figure(1)[0].canvas.get_supported_filetypes()
+    formats = style.figure()[0].canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         known = ", ".join(sorted(formats))
         raise InvalidArgument(f"plot {path}: expected a name that ends in one of {known}")
@@ -28,21 +29,22 @@ def check(path: Path) -> None:
         raise InvalidArgument(f"plot {path}: no such folder: {path.parent}")
 
 
+@style.styled()
 def allreduce(report: dict[str, Any], path: Path) -> None:
     """Draw GB/s over bytes, one line a method: the mean on every rank, and on its owner."""
     rows = report["rows"]
     sizes = sorted({row["bytes"] for row in rows})
     names = list(dict.fromkeys(row["method"] for row in rows if row["what"] != "bound"))
-    figure, panels = _figure(2)
+    figure, panels = style.figure(2, WIDE, HIGH)
     for what, place, panel in zip(
         ("average", "reduce"), ("every rank", "its owner"), panels, strict=True
     ):
         for i, name in enumerate(names):
             here = [r for r in rows if (r["method"], r["what"]) == (name, what)]
-            _line(panel, here, "bytes", "gb_per_s", f"C{i}o-", name)
-        for name, style in (("memory_bound", "k--"), ("wire_bound", "k:")):
+            _line(panel, here, "bytes", "gb_per_s", "-", name, **style.look(i))
+        for name, dash in (("memory_bound", "--"), ("wire_bound", ":")):
             bound = [r for r in rows if r["method"] == name]
-            _line(panel, bound, "bytes", "gb_per_s", style, name.replace("_", " "))
+            _line(panel, bound, "bytes", "gb_per_s", dash, name.replace("_", " "), color=style.INK)
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xticks(sizes, map(write_size, sizes))
@@ -53,15 +55,16 @@ def allreduce(report: dict[str, Any], path: Path) -> None:
     _save(figure, panels, path)
 
 
+@style.styled()
 def scaling(report: dict[str, Any], path: Path) -> None:
     """Draw samples/s over ranks, strong and weak, beside the ideal."""
-    figure, panels = _figure(2)
+    figure, panels = style.figure(2, WIDE, HIGH)
     for kind, panel in zip(("strong", "weak"), panels, strict=True):
         here = [row for row in report["rows"] if row["kind"] == kind]
         first = here[0]["samples_per_s"] / here[0]["ranks"]
         ideal = [{"ranks": r["ranks"], "samples_per_s": first * r["ranks"]} for r in here]
-        _line(panel, here, "ranks", "samples_per_s", "C0o-", "measured")
-        _line(panel, ideal, "ranks", "samples_per_s", "k--", "ideal")
+        _line(panel, here, "ranks", "samples_per_s", "-", "measured", **style.look(0))
+        _line(panel, ideal, "ranks", "samples_per_s", "--", "ideal", color=style.SOFT)
         panel.set_xticks([row["ranks"] for row in here])
         panel.set_ylim(bottom=0)
         panel.set_title(f"{kind} scaling of {report['model']}")
@@ -70,9 +73,10 @@ def scaling(report: dict[str, Any], path: Path) -> None:
     _save(figure, panels, path)
 
 
+@style.styled()
 def plan(report: dict[str, Any], path: Path) -> None:
     """Draw a plan's efficiency over ranks, apart and overlapped."""
-    figure, panels = _figure(2)
+    figure, panels = style.figure(2, WIDE, HIGH)
     rows = report["rows"]
     names = list(dict.fromkeys((row["strategy"], row["codec"]) for row in rows))
     ranks = sorted({row["ranks"] for row in rows})
@@ -81,37 +85,32 @@ def plan(report: dict[str, Any], path: Path) -> None:
     for panel, key in zip(panels, ("efficiency", "overlapped_efficiency"), strict=True):
         for strategy, codec in names:
             here = [row for row in rows if (row["strategy"], row["codec"]) == (strategy, codec)]
-            style = f"C{colors.index(strategy)}{MARKERS[marked.index(codec) % len(MARKERS)]}"
-            _line(panel, here, "ranks", key, style, label(strategy, codec))
+            dash = MARKERS[marked.index(codec) % len(MARKERS)]
+            color = (
+                f"C{colors.index(strategy)}"  # of the style, again from the first after the last
+            )
+            _line(panel, here, "ranks", key, dash, label(strategy, codec), color=color)
         panel.set_xscale("log", base=2)
         panel.set_xticks(ranks, list(map(str, ranks)))
         panel.minorticks_off()
         panel.set_ylim(0, 1.02)
         panel.set_xlabel("ranks")
         panel.set_ylabel("efficiency (step alone / step)")
-        panel.grid(alpha=0.3)
     panels[0].set_title(f"average after backward, step {report['step_ms']:.4g} ms")
     panels[1].set_title(f"while backward goes on, {report['gradient_bytes'] / 1e9:.3g} GB")
-    panels[1].legend(fontsize="x-small")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize="small")
     figure.savefig(path)
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise MpidlError("a plot needs matplotlib: pip install 'mpidl[report]'") from error
-    figure = figures.Figure(figsize=(6 * panels, 5), layout="constrained")
-    return figure, figure.subplots(1, panels)
-
-
-def _line(panel: Any, rows: list[dict[str, Any]], x: str, y: str, style: str, label: str) -> None:
+def _line(
+    panel: Any, rows: list[dict[str, Any]], x: str, y: str, dash: str, label: str, **look: str
+) -> None:
     if rows:
-        panel.plot([row[x] for row in rows], [row[y] for row in rows], style, label=label)
+        panel.plot([row[x] for row in rows], [row[y] for row in rows], dash, label=label, **look)
 
 
 def _save(figure: Any, panels: Any, path: Path) -> None:
     for panel in panels:
-        panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(path)

@@ -17,9 +17,12 @@ from mpidl.cli import allocation, attend, bench, launcher, starters
 from mpidl.cli import copy as copying
 from mpidl.cli import doctor as checking
 from mpidl.cli import plan as planning
+from mpidl.cli import report as reporting
 from mpidl.cli import status as following
 from mpidl.cli import submit as submission
 from mpidl.cli import trace as tracing
+from mpidl.cli import watch as watching
+from mpidl.cli.told import complain
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_intersperse
     submission.submit
 )
 app.command()(following.status)
+app.command()(reporting.report)
+app.command()(watching.watch)
 app.add_typer(tracing.app, name="trace")
 
 
@@ -152,7 +157,7 @@ def run(
     mpidl run --hosts a:4,b:4 --restarts 3 --min-ranks 4 train.py
     """
     if (replace and not elastic) or (min_ranks and not elastic and restarts is None):
-        print("mpidl: --replace needs --elastic; --min-ranks that or --restarts", file=sys.stderr)
+        complain("--replace needs --elastic; --min-ranks that or --restarts")
         raise typer.Exit(2)
     library = _or_exit(starters.find)
     program = _or_exit(partial(launcher.program, command, module=module))
@@ -252,9 +257,9 @@ def copy(
 
 
 def _or_exit(function: Callable[[], T]) -> T:
-    """Turn an error of ours into one line and exit status 2."""
+    """Turn an error of ours into a message and exit status 2."""
     try:
         return function()
     except MpidlError as error:
-        print(f"mpidl: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(2) from None

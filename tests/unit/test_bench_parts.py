@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from mpidl.bench import allreduce, plots, scaling, step, step_breakdown, timing
 from mpidl.cli.app import app
 from mpidl.errors import InvalidArgument, MpidlError
+from mpidl.report import style
 
 
 def test_sizes_are_read_and_written(rng: np.random.Generator) -> None:
@@ -246,7 +247,7 @@ def test_a_plot_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(plots.importlib, "import_module", fail)
+    monkeypatch.setattr(style.importlib, "import_module", fail)
     with pytest.raises(MpidlError, match=r"pip install 'mpidl\[report\]'"):
         plots.check(tmp_path / "plot.png")
 
@@ -269,7 +270,7 @@ def command(*arguments: str) -> Any:
 def test_what_cannot_be_measured(arguments: list[str], says: str) -> None:
     result = command(*arguments)
     assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("mpidl: ") and says in result.stderr
+    assert result.stderr.startswith("mpidl: ") and says in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", ["engine", "allreduce", "step", "scaling"])

@@ -21,7 +21,7 @@ def show(report: dict[str, Any]) -> None:
 
     first = report["rows"][0]
     table = Table(title=f"steps of an MLP on {first['ranks']} ranks, with and without a trace")
-    names = ("samples", "without, ms", "with", "over", "quartiles", "by parts", "events")
+    names = ("samples", "without, ms", "with", "over", "quartiles", "by added", "events")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for row in report["rows"]:
@@ -31,7 +31,7 @@ def show(report: dict[str, Any]) -> None:
             f"{row['on_ms']:.3f}",
             f"{row['over']:.4f}",
             f"{row['low']:.3f}-{row['high']:.3f}",
-            f"{row['by_parts']:.4f}",
+            f"{row['by_added']:.4f}",
             f"{row['events']:.1f}",
         )
     table.caption = ", ".join(f"{k}: {v:.0f} ns" for k, v in report["nanoseconds"].items())

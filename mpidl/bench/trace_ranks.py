@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mpidl
-from mpidl import clock
+from mpidl import clock, functional, nn, optim
 from mpidl.bench import jobs, machine, replicas, timing
+from mpidl.parallel import DataParallel
 from mpidl.trace.recorder import Recorder
+from mpidl.world import World
 
 if TYPE_CHECKING:
     from mpidl.bench.replicas import Replica
-    from mpidl.world import World
 
 #: Names of `engine_models`, and samples of a rank: steps of some 3 and 12 ms on one core.
 MODELS = (("mlp", 16), ("mlp", 128))
 BLOCK_SECONDS = 0.1  # of steps that are timed as one
-LOOPS = 20_000
+LOOPS, SMALL_STEPS = 20_000, 100
 
 
 def measure(world: World, turns: int) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def measure(world: World, turns: int) -> dict[str, Any]:
 
     A row has the milliseconds of a step without ("off") and with a trace ("on"), medians over
     blocks of steps; "over" is the median of the ratios of both blocks of a turn, with quartiles;
-    "by_parts" what they should be by the time of each event, and of two ranges a step, where the
-    machine does too much else. "nanoseconds" are those of one event, of writing it, and of an
+    "by_added" what it should be, where the machine does too much else, by what a trace adds to the
+    processor's time of a step that computes next to nothing. That is in "nanoseconds", too, and an
     `mpidl.range` with and without a trace.
     """
     with tempfile.TemporaryDirectory(prefix="mpidl-bench-") as folder:
@@ -41,20 +42,15 @@ def measure(world: World, turns: int) -> dict[str, Any]:
         spent = {"range, no trace": _each(_one_range)}
         recorder.resume()
         spent["range"] = _each(_one_range)
-        recorder.flush()
-        spent["event"] = _each(lambda: recorder.interval(0, 0.0, 1.0))
-        start = time.perf_counter()
-        recorder.flush()
-        spent["writing it"] = 1e9 * (time.perf_counter() - start) / (3 * LOOPS)
         recorder.rest()
+        added = _added(World.of(world.MPI, world.MPI.COMM_SELF), recorder, turns)
+        spent["each step"] = added
         rows = []
         for name, samples in MODELS:
             replica = replicas.in_mpidl("auto", "auto", world, name, samples, world.rank)
             row: dict[str, Any] = {"model": name, "samples": samples, "ranks": world.size}
             row |= _compare(world, replica, recorder, turns)
-            each = row["events"] * (spent["event"] + spent["writing it"])
-            ranges = 2 * (spent["range"] - spent["range, no trace"] - spent["event"])
-            rows.append(row | {"by_parts": 1 + (each + ranges) / 1e6 / row["off_ms"]})
+            rows.append(row | {"by_added": 1 + added / 1e6 / row["off_ms"]})
             replica.close()
         recorder.close()
     return {"machine": machine.facts(world), "rows": rows, "nanoseconds": spent}
@@ -89,6 +85,34 @@ def _compare(world: World, replica: Replica, recorder: Recorder, turns: int) -> 
     low, over, high = timing.quartiles(ratios.tolist())
     medians = {f"{name}_ms": 1e3 * timing.quartiles(taken[name])[1] for name in taken}
     return {**medians, "over": over, "low": low, "high": high, "events": events}
+
+
+def _added(alone: World, recorder: Recorder, turns: int) -> float:
+    """Return the nanoseconds of the processor that a trace adds to a small step, on this rank."""
+    nn.seed(0)
+    model = nn.Linear(4, 1)
+    replica = DataParallel(model, optim.SGD(0.01), world=alone)
+    x, y = np.ones((4, 4), np.float32), np.ones((4, 1), np.float32)
+
+    def seconds() -> float:
+        start = time.process_time()
+        for _ in clock.fetched(range(SMALL_STEPS)):
+            with mpidl.range("backward"):
+                functional.mse(model(x), y).backward()
+            with mpidl.range("update"):
+                replica.step()
+        return (time.process_time() - start) / SMALL_STEPS
+
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(2 * turns):
+        for traced in (False, True):
+            if traced:
+                recorder.resume()
+            taken[traced].append(seconds())
+            recorder.rest()
+    replica.close()
+    low = {traced: timing.quartiles(found)[0] for traced, found in taken.items()}
+    return 1e9 * (low[True] - low[False])
 
 
 def _one_range() -> None:

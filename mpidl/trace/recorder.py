@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WRITE_SECONDS = 1.0  # from one writing to the next: a killed rank loses no more
+STUCK_SECONDS = 10.0  # that the end waits for it
 AT_ONCE = 256  # events: Python's lock is held for some 30 us, which training waits for
 HELD = 1 << 17  # events at most that wait to be written, some 25 MB
 NAMES, TRACKS = 10_000, 256  # at most
@@ -191,7 +192,9 @@ class Recorder:
         self.rest()
         self._stopping.set()
         if self._writer.is_alive() and threading.current_thread() is not self._writer:
-            self._writer.join()
+            self._writer.join(STUCK_SECONDS)
+            if self._writer.is_alive():  # a file system that does not answer holds up nobody's end
+                return
         self.flush()
         if facts:  # after all events
             self.tell(facts)

@@ -39,9 +39,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return  # it started none, and what is there may be another session's
     if IN_RANKS or not SHARED_MEMORY.is_dir():
         return
+    files = [f for f in SHARED_MEMORY.iterdir() if f.name.startswith(("mpich_shm_", "sm_segment."))]
+    if files:
+        time.sleep(1)  # what ranks of other tests have just made is mapped by then
     mapped = "".join(maps_of(process) for process in Path("/proc").glob("[0-9]*"))
-    for file in SHARED_MEMORY.iterdir():
-        if file.name.startswith(("mpich_shm_", "sm_segment.")) and str(file) not in mapped:
+    for file in files:
+        if str(file) not in mapped:
             with contextlib.suppress(OSError):  # its owner may be at work on it, too
                 state = file.stat()
                 if state.st_mtime >= START and state.st_uid == os.getuid():

@@ -1,7 +1,7 @@
 """The bodies of tests/ranks on CuPy arrays: pytest -m gpu, on a machine with an NVIDIA GPU.
 
-Besides, by hand: check_kernels.py compiles the kernels, build_openmpi.sh makes an MPI that takes GPU
-memory, and docs/gpu.md names the commands that give the figures.
+Besides, by hand: check_kernels.py compiles the kernels, build_openmpi.sh makes an MPI that takes
+GPU memory, and docs/gpu.md names the commands that give the figures.
 """
 
 from __future__ import annotations

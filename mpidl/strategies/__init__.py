@@ -7,6 +7,7 @@ name.
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,7 @@ def make(
     name, why = strategy, "as asked for"
     if strategy == "auto":
         name, why = auto.choose(world, size, on_device=on_device)
-        if measured and on_device and world.size > 1:
+        if measured and on_device and world.size > 1 and "cupy" in sys.modules:
             name, why = fastest(world, size, {one: kinds[one] for one in auto.ON_DEVICE})
         if half and name == "hierarchical" and world.nodes > 1:
             name, why = auto.FALLBACK, f"{world.nodes} nodes, and float16"

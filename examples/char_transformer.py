@@ -79,9 +79,9 @@ def main() -> None:
         alone = -np.log2(counts / counts.sum())[test.ids].mean()
         bits = history[-1].metrics["loss"] / math.log(2)
         ids = write(trainer.model, test.ids[:LENGTH], 300, np.random.default_rng(args.seed))
-        print(f"test loss      {bits:.2f} bits per character; {alone:.2f} by how common each is")
         print(f"strategy       {trainer.replica.choice.name}")
         print(f"writes         {train.vocabulary.decode(ids[LENGTH:])}")
+        print(f"test loss      {bits:.2f} bits per character; {alone:.2f} by how common each is")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def main() -> None:
     history = trainer.fit(loader, args.epochs, evaluate=test)
     if world.rank == 0:
         accuracy = history[-1].metrics["accuracy"]
-        print(f"test accuracy  {accuracy:.2%} on {len(test)} digits never trained on")
         print(f"strategy       {trainer.replica.choice.name}")
+        print(f"test accuracy  {accuracy:.2%} on {len(test)} digits never trained on")
 
 
 if __name__ == "__main__":

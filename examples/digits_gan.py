@@ -78,10 +78,10 @@ def main() -> None:
             (folder.path / "digits.pgm").write_bytes(grid(pictures[:100]))
         reads = nn.Sequential(judge, nn.Softmax())
         sure, of_real = (reads.predict(x) > 0.9 for x in (pictures, test.x))
-        print(f"drawn digits   {sure.sum() / len(sure):.1%} are read with 90 % certainty")
+        print(f"strategy       {draws.choice.name}")
         print(f"real digits    {of_real.sum() / len(test):.1%}")
         print(f"rarest digit   {sure.sum(axis=0).min()} of {len(sure)}")
-        print(f"strategy       {draws.choice.name}")
+        print(f"drawn digits   {sure.sum() / len(sure):.1%} are read with 90 % certainty")
 
 
 if __name__ == "__main__":

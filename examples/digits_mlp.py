@@ -40,11 +40,11 @@ def main() -> None:
     if world.rank == 0:
         last = history[-1]
         rates = sorted(epoch.samples_per_second for epoch in history)
+        print(f"strategy       {trainer.replica.choice.name}")
+        print(f"speed          {rates[len(rates) // 2]:,.0f} samples/s on {world.size} ranks")
         print(
             f"test accuracy  {last.metrics['accuracy']:.2%} on {len(test)} digits never trained on"
         )
-        print(f"speed          {rates[len(rates) // 2]:,.0f} samples/s on {world.size} ranks")
-        print(f"strategy       {trainer.replica.choice.name}")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ def main() -> None:
     error = trainer.evaluate(scaler.apply(test))["loss"]
     if world.rank == 0:
         state, fit = model.state_dict(), 1 - error / test.y.var()
-        print(f"test R^2       {fit:.4f} on {len(test)} patients never trained on")
+        print(f"strategy       {trainer.replica.choice.name}")
         print(f"weights        {' '.join(f'{w:.4f}' for w in state['weight'][0])}")
         print(f"mean           {state['bias'][0]:.4f}")
-        print(f"strategy       {trainer.replica.choice.name}")
+        print(f"test R^2       {fit:.4f} on {len(test)} patients never trained on")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def main() -> None:
     )
     if world.rank == 0:
         accuracy = history[-1].metrics["accuracy"]
-        print(f"test accuracy  {accuracy:.2%} on {len(test)} tumours never trained on")
         print(f"strategy       {trainer.replica.choice.name}")
+        print(f"test accuracy  {accuracy:.2%} on {len(test)} tumours never trained on")
 
 
 if __name__ == "__main__":

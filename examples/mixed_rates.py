@@ -50,12 +50,12 @@ def main() -> None:
     )
     history = trainer.fit(train, args.epochs, args.batch_size, evaluate=test, seed=args.seed)
     if world.rank == 0:
+        print(f"strategy       {trainer.replica.choice.name}")
         for epoch in history:
             rate = cycle(epoch.steps)
             print(f"epoch {epoch.epoch:<3}      rate {rate:.3f} {'#' * round(100 * rate)}")
         accuracy = history[-1].metrics["accuracy"]
         print(f"test accuracy  {accuracy:.2%} on {len(test)} digits never trained on")
-        print(f"strategy       {trainer.replica.choice.name}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ run=$PWD/runs/$MPIDL_FIRST
 export MPIDL_OUT=$run
 starts=100  # of one run, at most
 (umask 077 && mkdir -p "$MPIDL_OUT")  # it holds checkpoints: for nobody else
+rm -f "$MPIDL_OUT/again"  # ranks make it that end with 75; a launcher may do so by itself
 echo "$(date -u +%FT%TZ) started $(flux getattr jobid)" >> "$MPIDL_OUT/jobs.log"  # for mpidl status
 
 # In time Flux sends the ranks a signal: they finish their step, write a checkpoint, and end with
@@ -44,6 +45,10 @@ command=(python -m mpi4py examples/digits_mlp.py --strategy ring)
 
 status=0
 "${launcher[@]}" "${container[@]}" "${command[@]}" || status=$?
+if ((status == 75)) && [[ ! -e $MPIDL_OUT/again ]]; then
+    echo "status 75, but no rank asks to be started again: not again" >&2
+    status=1
+fi
 if ((status == 75 && $(grep -c " started " "$MPIDL_OUT/jobs.log") >= starts)); then
     echo "started $starts times, and no end: not again" >&2
     status=1

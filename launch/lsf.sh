@@ -38,6 +38,7 @@ if ((index == 0)); then index=; fi  # 0 means: no array
 export MPIDL_OUT=$run${index:+/$index}
 starts=100  # of one run, at most
 (umask 077 && mkdir -p "$MPIDL_OUT")  # it holds checkpoints: for nobody else
+rm -f "$MPIDL_OUT/again"  # ranks make it that end with 75; a launcher may do so by itself
 exec >> "$MPIDL_OUT/job.log" 2>&1  # LSF would show it at the end of the job
 echo "$(date -u +%FT%TZ) started $LSB_JOBID" >> "$MPIDL_OUT/jobs.log"    # for mpidl status
 
@@ -67,6 +68,10 @@ while ((status == 128 + 10)); do  # the signal has ended no more than this waiti
     status=0
     wait $! || status=$?
 done
+if ((status == 75)) && [[ ! -e $MPIDL_OUT/again ]]; then
+    echo "status 75, but no rank asks to be started again: not again" >&2
+    status=1
+fi
 if ((status == 75 && $(grep -c " started " "$MPIDL_OUT/jobs.log") >= starts)); then
     echo "started $starts times, and no end: not again" >&2
     status=1

@@ -34,6 +34,7 @@ run=$PWD/runs/$first
 export MPIDL_OUT=$run${index:+/$index}
 starts=100  # of one run, at most
 (umask 077 && mkdir -p "$MPIDL_OUT")  # it holds checkpoints: for nobody else
+rm -f "$MPIDL_OUT/again"  # ranks make it that end with 75; a launcher may do so by itself
 exec >> "$MPIDL_OUT/job.log" 2>&1  # PBS would show it at the end of the job
 echo "$(date -u +%FT%TZ) started $PBS_JOBID" >> "$MPIDL_OUT/jobs.log"    # for mpidl status
 
@@ -57,6 +58,10 @@ echo "$ranks ranks: $hosts"
 status=0
 timeout --foreground --preserve-status --signal=USR1 "$train_seconds" \
     "${launcher[@]}" "${one_gpu[@]}" "${container[@]}" "${command[@]}" || status=$?
+if ((status == 75)) && [[ ! -e $MPIDL_OUT/again ]]; then
+    echo "status 75, but no rank asks to be started again: not again" >&2
+    status=1
+fi
 if ((status == 75 && $(grep -c " started " "$MPIDL_OUT/jobs.log") >= starts)); then
     echo "started $starts times, and no end: not again" >&2
     status=1

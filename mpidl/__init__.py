@@ -10,9 +10,10 @@ from mpidl import autograd, data, errors, functional, nn, optim, signals, strate
 from mpidl.autograd import Tensor, no_grad, tensor
 from mpidl.average import average
 from mpidl.errors import MpidlError
-from mpidl.history import Epoch
+from mpidl.history import Epoch, History
 from mpidl.onnx import export_onnx
 from mpidl.parallel import DataParallel
+from mpidl.trace import range as range  # noqa: A004  # not in __all__: `import *` leaves Python's
 from mpidl.trainer import Trainer
 from mpidl.weights import load, save
 from mpidl.world import World, init
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataParallel",
     "Epoch",
+    "History",
     "MpidlError",
     "Tensor",
     "Trainer",

@@ -11,13 +11,16 @@ if TYPE_CHECKING:
 
     from mpidl.bucket import Bucket
     from mpidl.errors import MpidlError
+    from mpidl.noise import NoiseScale
 
 
 class Accumulation:
     """Sums of samples x gradient on this rank, in one more array per bucket. Not collective."""
 
-    def __init__(self, buckets: Sequence[Bucket], needed: int) -> None:
-        self.buckets = buckets
+    def __init__(
+        self, buckets: Sequence[Bucket], needed: int, noise: NoiseScale | None = None
+    ) -> None:
+        self.buckets, self._noise = buckets, noise
         self.needed = needed  #: passes for each update
         self._sums = [aligned_zeros(b.grad.size, b.grad.dtype, namespace(b.grad)) for b in buckets]
         self._samples = 0.0
@@ -29,6 +32,9 @@ class Accumulation:
 
         The gradients are spoiled.
         """
+        if self._noise is not None:
+            grads = [bucket.grad for bucket in self.buckets]
+            self._noise.take(samples, grads, first=not self.passes)
         self.passes += 1
         self._problem = self._problem or problem
         if not samples:  # what the gradients hold may be NaN

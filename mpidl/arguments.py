@@ -37,6 +37,7 @@ def check_options(
     microbatches: Any,
     local_steps: Any,
     audit_every: Any,
+    noise_every: Any,
     overlap: Any,
     bucket_bytes: Any,
 ) -> Clip:
@@ -48,12 +49,13 @@ def check_options(
     with world.together():
         made = Clip(*clip)
         whole("audit_every", audit_every)
+        whole("noise_every", noise_every)
         whole("accumulate", accumulate, 1)
         whole("local_steps", local_steps, 1)
         check_averaging(overlap, bucket_bytes)
         check_microbatches(model, microbatches, accumulate, local_steps)
     for option in (
-        f"{bucket_bytes=}, {overlap=}, {local_steps=}, {audit_every=}",
+        f"{bucket_bytes=}, {overlap=}, {local_steps=}, {audit_every=}, {noise_every=}",
         f"clip_norm={made.norm}, clip_value={made.value}, accumulate={accumulate}",
         f"optimizer={optimizer!r}",
     ):

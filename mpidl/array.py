@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mpidl.errors import DeviceNotFound, InvalidArgument
+from mpidl.errors import DeviceNotFound, InvalidArgument, OutOfDeviceMemory
 from mpidl.refuse import told
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ CACHE_BLOCK_BYTES = 1 << 17  # three operands of this size stay in a core's L2 c
 UPDATE_BLOCK_BYTES = 1 << 18  # averaged and updated in one go; measured: less costs Python time
 GRAIN = 1 << 12  # elements: norms are sums over grains, which no two ranks share
 ALIGNMENT_BYTES = 64  # one cache line, one AVX-512 register
+
+MIB = 1 << 20
+NO_DRIVER = 35  # cudaErrorInsufficientDriver: too old, or none
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -85,13 +88,26 @@ def _cupy() -> Any:
             "device 'cuda' needs CuPy: pip install 'mpidl[cuda12]' or 'mpidl[cuda13]'"
         ) from error
     except Exception as error:  # CuPy's own error class lives in the module that may be broken
+        reason = _mismatch(cupy.cuda.runtime) if getattr(error, "status", 0) == NO_DRIVER else None
         raise DeviceNotFound(
-            f"device 'cuda': CuPy finds no usable GPU ({error}); use device 'cpu'"
+            f"device 'cuda': {reason or f'CuPy finds no usable GPU ({error})'}; use device 'cpu'"
         ) from error
     if count == 0:
         raise DeviceNotFound("device 'cuda': no GPU is visible; see CUDA_VISIBLE_DEVICES")
     cupy.cuda.Device(_local_rank % count).use()
     return cupy
+
+
+def _mismatch(runtime: Any) -> str:
+    """Return what is wrong with the driver, for the CUDA that CuPy was built for."""
+    driver, built = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    wants = f"CuPy was built for CUDA {built // 1000}.{built % 1000 // 10}"
+    if not driver:
+        return f"{wants}, and no NVIDIA driver is loaded"
+    return (
+        f"{wants}, and the driver is for {driver // 1000}.{driver % 1000 // 10}: update "
+        f"the driver, or pip install 'mpidl[cuda{driver // 1000}]' in place of this CuPy"
+    )
 
 
 def gpu_of(value: object) -> str | None:
@@ -105,6 +121,33 @@ def gpu_of(value: object) -> str | None:
     device = runtime.getDevice()
     uuid = runtime.getDeviceProperties(device).get("uuid", b"")
     return f"{runtime.deviceGetPCIBusId(device)} {bytes(uuid).hex()}"
+
+
+def gpu_name() -> str:
+    """Return the place on the PCI bus of the GPU in use, and its model, for errors."""
+    runtime = sys.modules["cupy"].cuda.runtime
+    return f"{runtime.deviceGetPCIBusId(runtime.getDevice())} ({gpu_model()})"
+
+
+def gpu_model() -> str:
+    """Return the model of the GPU in use."""
+    runtime = sys.modules["cupy"].cuda.runtime
+    return bytes(runtime.getDeviceProperties(runtime.getDevice()).get("name", b"")).decode()
+
+
+def out_of_memory(size: int, what: str) -> OutOfDeviceMemory:
+    """Return the error of a GPU that has not `size` bytes for this."""
+    free, total = sys.modules["cupy"].cuda.runtime.memGetInfo()
+    return OutOfDeviceMemory(
+        f"GPU {gpu_name()} is out of memory: {size / MIB:,.0f} MiB were wanted for {what}, and "
+        f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB are free: expected a smaller model or batch, "
+        "fewer ranks on a GPU, or more GPUs"
+    )
+
+
+def real_of(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype in which sums of this one are made: float32 for float16, or itself."""
+    return np.dtype(np.float32 if np.dtype(dtype).itemsize < 4 else dtype)
 
 
 def to_device(value: Array, device: str) -> Array:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array
     from mpidl.bucket import Bucket
+    from mpidl.noise import NoiseScale
     from mpidl.optim import Optimizer
     from mpidl.optim.clip import Clip
     from mpidl.strategies import Strategy
@@ -69,6 +70,7 @@ class AsynchronousUpdate:
         buckets: Sequence[Bucket],
         optimizers: Sequence[Optimizer],
         clip: Clip,
+        noise: NoiseScale,  # noqa: ARG002  # which is never due
     ) -> None:
         if not isinstance(strategy, ParameterServer):  # but that of a group
             raise InvalidArgument("local_steps: not with an asynchronous parameter server")

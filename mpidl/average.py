@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import zlib
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpidl import codecs, supervised
+from mpidl import clock, codecs, supervised
 from mpidl.array import is_device, namespace
 from mpidl.errors import InvalidArgument, MpidlError
 from mpidl.exact import all_equal
 from mpidl.foreign import Memory, memory
 from mpidl.refuse import WRONG, told, wrong
 from mpidl.strategies import AllReduce
+from mpidl.trace.ranges import AVERAGE, spanned
 from mpidl.world import current
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def average(arrays: Arrays, *, weight: float = 1.0, world: World | None = None) 
     return arrays
 
 
+@clock.counted(clock.REDUCE)
 def mean(
     arrays: Sequence[Memory],
     layout: str,
@@ -94,6 +97,7 @@ def mean(
     except Exception:  # each library has its own
         found = f"weight={told(weight)}: expected a finite number, 0 or more"
         problem = problem or InvalidArgument(found)
+    begin, moved = perf_counter(), clock.moved_bytes
     with world.mark.enter("average"):
         # With more than 8,192 ranks codes may seem to differ: a longer look finds them equal.
         code = zlib.crc32(layout.encode()) >> 12
@@ -108,6 +112,7 @@ def mean(
         if world.size > 1:
             _sum(arrays, weight / total, world)
     supervised.note_step()
+    spanned(AVERAGE, begin, clock.moved_bytes - moved)
 
 
 def _collect(value: Arrays, name: str, leaves: dict[str, Memory]) -> None:

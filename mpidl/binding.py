@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 import warnings
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,24 @@ def check_gpus(world: World, gpu: str | None) -> None:
     text = shared_gpus(found, world.members[world.node], world.MPI.Get_processor_name())
     if text:
         warnings.warn(text, BindingWarning, stacklevel=4)
+
+
+def check_models(world: World, model: str | None) -> None:
+    """Warn, once, where the ranks' GPUs are not of one `model`; None for no GPU. Collective."""
+    with world.mark.enter("comparing GPUs"):
+        found = world.comm.allgather(model)
+    text = mixed_gpus(found)
+    if text and world.rank == 0:
+        warnings.warn(text, BindingWarning, stacklevel=4)
+
+
+def mixed_gpus(found: Sequence[str | None]) -> str | None:
+    """Return how many ranks have which model of GPU; None where it is one."""
+    counts = Counter(model for model in found if model is not None)
+    if len(counts) < 2:
+        return None
+    told = ", ".join(f"{count} x {model}" for model, count in counts.most_common())
+    return f"the ranks' GPUs are of several models, {told}: each step takes as long as the slowest"
 
 
 def shared_gpus(found: Sequence[str | None], ranks: Sequence[int], host: str) -> str | None:

@@ -75,10 +75,11 @@ def switch(phase: int) -> int:
 
 
 def take_thread() -> None:
-    """Let this thread be the one that trains: the clock is its own from here on."""
+    """Let this thread be the one that trains: the clock is its own from here on, in OTHER."""
     global _thread, _since
     if _thread != _get_ident():
         _thread, _since = _get_ident(), perf_counter()
+    switch(OTHER)
 
 
 def read() -> list[float]:

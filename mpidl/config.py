@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpidl import launched
 from mpidl.errors import InvalidArgument
 from mpidl.refuse import told
 
@@ -19,15 +20,10 @@ if TYPE_CHECKING:
 #: Exit statuses of a run, the same on all ranks; as in BSD's sysexits.h.
 EXIT_NOT_SAVED = 74  # EX_IOERR: trained to its end, but its last checkpoint could not be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint: start it again
-#: Variables by which launchers tell their ranks how many there are, and the launchers.
-SIZES = {
-    "OMPI_COMM_WORLD_SIZE": "mpirun", "MV2_COMM_WORLD_SIZE": "mpirun_rsh", "PMI_SIZE": "mpiexec",
-    "JSM_NAMESPACE_SIZE": "jsrun", "FLUX_JOB_SIZE": "flux run", "SLURM_STEP_NUM_TASKS": "srun",
-    "PALS_LOCAL_SIZE": "PALS",  # of this host, at least
-}  # fmt: skip
-RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK",
-         "FLUX_TASK_RANK", "PALS_RANKID", "ALPS_APP_PE", "PMIX_RANK", "SLURM_PROCID")  # fmt: skip
-SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # of slurm.h: numbers of steps from here on are no users' steps
+TRANSPORTS = ("CUDA_VISIBLE_DEVICES", "FI_", "I_MPI_OFFLOAD", "MPICH_GPU_SUPPORT_ENABLED",
+              "MV2_USE_CUDA", "OMPI_MCA_accelerator", "OMPI_MCA_btl", "OMPI_MCA_coll",
+              "OMPI_MCA_opal_cuda", "OMPI_MCA_osc", "OMPI_MCA_pml", "PSM2_CUDA",
+              "UCX_")  # fmt: skip
 LEAST_LEASE = 1.0  # seconds: a lease is asked for twice a second
 
 
@@ -39,6 +35,19 @@ def cuda_aware() -> str:
 def quiet() -> bool:
     """MPIDL_QUIET: 1 where a `Trainer` is to show nothing, unless it is told otherwise."""
     return _choice("MPIDL_QUIET", "0", ("0", "1")) == "1"
+
+
+def transports() -> dict[str, str]:
+    """Return the variables that decide what MPI does with GPU memory, and CUDA_VISIBLE_DEVICES."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(TRANSPORTS)}
+
+
+def cache_folder() -> Path | None:
+    """XDG_CACHE_HOME, or ~/.cache: where this user's "mpidl" is; None where there is no home."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not Path(home).is_absolute():  # as the specification of these folders wants it
+        home = os.path.expanduser("~/.cache")  # noqa: PTH111  # raises nothing
+    return Path(home) / "mpidl" if Path(home).is_absolute() else None
 
 
 def terminal_width() -> int | None:
@@ -106,9 +115,44 @@ def faults() -> str | None:
     return os.environ.get("MPIDL_FAULTS") or None
 
 
-def out() -> str | None:
-    """MPIDL_OUT: the folder of this job, where a `Trainer` writes by default; None of no job."""
+def job_folder() -> str | None:
+    """MPIDL_OUT: the folder of this job, by its script; None of no job."""
     return os.environ.get("MPIDL_OUT") or None
+
+
+def out() -> str | None:
+    """Return where a `Trainer` writes by default: MPIDL_OUT, or a folder of its own in it.
+
+    That is for processes of one job that each train alone: its name is the launcher's number.
+    """
+    folder = job_folder()
+    return f"{folder}/{launched.rank()}" if folder and alone() else folder
+
+
+def trace() -> Path | None:
+    """MPIDL_TRACE: the file that gets a trace of all ranks (`mpidl run --trace`).
+
+    What a rank starts is no rank of the run, but for those that are to take others' places.
+    """
+    value = os.environ.get("MPIDL_TRACE")
+    known = "MPIDL_TRACED" in os.environ and spawned() is None
+    return Path(value).absolute() if value and not known else None
+
+
+def trace_run() -> str | None:
+    """MPIDL_TRACE_RUN: a name that all processes of a run have, also those spawned later."""
+    value = os.environ.get("MPIDL_TRACE_RUN", "")
+    return value if re.fullmatch(r"[0-9a-f]{8,64}", value) else None
+
+
+def note_trace(run: str) -> None:
+    """Let processes that this one starts know that their trace is this one's."""
+    os.environ.update({"MPIDL_TRACED": "1", "MPIDL_TRACE_RUN": run})
+
+
+def trace_events() -> int | None:
+    """MPIDL_TRACE_EVENTS: how many events a rank records, at most; 40 bytes each."""
+    return _count("MPIDL_TRACE_EVENTS")
 
 
 def attempt() -> int:
@@ -127,61 +171,9 @@ def check(asked: str | None = None) -> str:
     return _choice("MPIDL_CHECK", "nothing", ("nothing", "collectives"), asked)
 
 
-def launched_size() -> tuple[str, int] | None:
-    """Return the variable with which a launcher tells the number of ranks, and that number.
-
-    The innermost launcher's comes first: in a job step, mpirun's own are there beside SLURM's. A
-    step's count is used and not the job's, which is set in batch scripts too. Where a launcher
-    tells no number, one above rank 0 knows that there are as many as its own, at least.
-    """
-    for name in SIZES:
-        value = os.environ.get(name, "")
-        if value.isdecimal() and not (name == "SLURM_STEP_NUM_TASKS" and _no_step_of_ranks()):
-            return name, int(value)
-    for name in ("PALS_RANKID", "ALPS_APP_PE", "PMIX_RANK"):
-        value = os.environ.get(name, "")
-        if value.isdecimal() and int(value) > 0:
-            return name, int(value) + 1
-    return None
-
-
-def launched_by() -> str:
-    """Return the launcher that has set what `launched_size` found, as its command is called."""
-    name, size = launched_size() or ("", 1)
-    if "JSM_NAMESPACE_RANK" in os.environ:  # it sets Open MPI's variables too
-        return "jsrun"
-    if name == "PMI_SIZE" and "MPI_LOCALNRANKS" not in os.environ:  # that is Hydra's own
-        for other in ("FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS"):  # who speak PMI as well
-            if os.environ.get(other) == str(size):
-                return SIZES[other]
-    if "PALS_RANKID" in os.environ and not name.startswith("OMPI_"):
-        return "PALS"
-    return SIZES.get(name, "aprun" if name == "ALPS_APP_PE" else "a launcher")
-
-
-def launched_rank() -> int:
-    """Return this rank's number, as the launcher tells it before MPI starts; 0 where none does."""
-    for name in RANKS:
-        value = os.environ.get(name, "")
-        if value.isdecimal():
-            return int(value)
-    return 0
-
-
-def speaks_pmix() -> bool:
-    """Whether the launcher offers PMIx to this rank."""
-    return "PMIX_RANK" in os.environ or "PMIX_NAMESPACE" in os.environ
-
-
-def speaks_pmi() -> bool:
-    """Whether the launcher offers PMI 1 or 2 to this rank."""
-    return any(name in os.environ for name in ("PMI_FD", "PMI_PORT", "PMI_RANK"))
-
-
-def _no_step_of_ranks() -> bool:
-    """Whether SLURM's step is that of a batch script, or of a shell, by its number."""
-    value = os.environ.get("SLURM_STEP_ID", "")
-    return value.isdecimal() and int(value) >= SLURM_SPECIAL_STEPS
+def alone() -> bool:
+    """MPIDL_ALONE: 1 where each process that a launcher starts is to train for itself."""
+    return _choice("MPIDL_ALONE", "0", ("0", "1")) == "1"
 
 
 def fault_tolerant() -> bool:
@@ -213,11 +205,6 @@ def min_ranks() -> int:
     return int(value)
 
 
-def launched() -> bool:
-    """Whether any launcher started this process: all speak PMIx or PMI with their ranks."""
-    return any(name.startswith(("PMIX_", "PMI_", "PMI2_", "OMPI_COMM_")) for name in os.environ)
-
-
 @contextmanager
 def setting(name: str, value: str) -> Iterator[None]:
     """Set an environment variable in this context, for this process, where it is not set."""
@@ -243,13 +230,23 @@ def oversubscribe() -> bool:
 
 def threads() -> int | None:
     """How many threads a rank has, as the user has set it; None where that is left to libraries."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    by_user = ("OMP_NUM_THREADS",) if pbs_threads() is None else ()
+    names = (*by_user, "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     return max((n for n in map(_count, names) if n is not None), default=None)
 
 
+def pbs_threads() -> int | None:
+    """Return OMP_NUM_THREADS where PBS may have set it; None where the user has.
+
+    PBS sets it and NCPUS, to `ompthreads`, or else to all of a host's cores, for each of its ranks.
+    """
+    count = _count("OMP_NUM_THREADS")
+    return count if "PBS_JOBID" in os.environ and count == _count("NCPUS") else None
+
+
 def allocated_cores() -> int | None:
-    """Return the cores of each rank of a SLURM job that asked for a number; others bind theirs."""
-    return _count("SLURM_CPUS_PER_TASK")
+    """Return the most cores of each rank, as SLURM or PBS tells them; others bind theirs."""
+    return _count("SLURM_CPUS_PER_TASK") or pbs_threads()
 
 
 def visible_gpus() -> str | None:

@@ -38,6 +38,14 @@ class NoSharedMemory(MpidlError):
     """The ranks of a node cannot map each other's memory."""
 
 
+class NoPeerAccess(NoSharedMemory):
+    """The ranks of a node cannot map each other's GPU memory."""
+
+
+class OutOfDeviceMemory(MpidlError, MemoryError):
+    """A GPU has not as much free memory as was asked for. The message names what it was for."""
+
+
 class UnsupportedDtype(MpidlError):
     """An array of a dtype that MPI cannot sum."""
 

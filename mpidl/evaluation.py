@@ -11,6 +11,7 @@ from mpidl.data.dataset import length
 from mpidl.errors import InvalidArgument, NonFinite
 from mpidl.nn.predict import evaluating
 from mpidl.refuse import whole
+from mpidl.trace.ranges import range as named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ def batch_of(dataset: Dataset, batch_size: int) -> int:
     return min(whole("evaluate: batch_size", batch_size, 1), n)
 
 
+@named("evaluation")
 def means(
     world: World, model: Module, functions: Mapping[str, Metric], batches: Batches
 ) -> dict[str, float]:

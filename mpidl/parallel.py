@@ -12,13 +12,15 @@ from mpidl.array import Array, is_device
 from mpidl.asynchronous import AsynchronousUpdate
 from mpidl.audit import Audit
 from mpidl.autograd.pending import defer_each
-from mpidl.buffers import BufferMean, average_over_ranks, of_floats
+from mpidl.buffers import average_over_ranks
 from mpidl.errors import MissingBackward, MpidlError
 from mpidl.local_steps import LocalSteps
 from mpidl.microbatches import Microbatches
+from mpidl.noise import NoiseScale
 from mpidl.optim.groups import assign
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.placement import Placement
+from mpidl.precision import mixed
 from mpidl.row_count import RowCount
 from mpidl.update import Update
 from mpidl.weigh import weigh
@@ -50,19 +52,15 @@ class DataParallel:
             `{"*.bias": SGD(0.1), "*": AdamW()}`: the first pattern (of `fnmatch`) that matches a
             parameter's dotted name counts, and each must get one. Frozen ones need none, but a
             pattern may be theirs alone.
-        strategy: a name in `strategies.STRATEGIES`, a strategy, or "auto": `choice` then tells
-            which, and why.
+        strategy: a name in `strategies.STRATEGIES`, a strategy, or "auto": see `choice`.
         local_steps: local SGD: every so many steps the parameters are averaged over all ranks; the
             steps between use the gradients of this rank alone, or of this node, where its ranks
             share their parameters ("hierarchical"). See `synchronize`.
-        codec: a name in `codecs.CODECS` or a codec, for a strategy that moves the bytes itself: it
-            sends fewer to other nodes, and is less exact.
+        codec: a name in `codecs.CODECS` or a codec: fewer bytes to other nodes, less exact sums.
         world: by default `mpidl.init()`.
-        check_finite: look at every gradient before it is averaged, and raise NonFiniteGradient
-            instead of spoiling the model. Costs one pass over the gradients.
+        check_finite: raise NonFiniteGradient before one is averaged. Costs a pass over them.
         clip_value: bring every element of the averaged gradient into [-clip_value, clip_value].
-        clip_norm: then shorten it to this Euclidean norm, over all parameters, if it is longer.
-            No bucket is updated before all are averaged. See `step`.
+        clip_norm: then shorten it to this Euclidean norm, over all parameters: see `step`.
         accumulate: this many calls of `step` make one update. See `flush`.
         microbatches: cut each global batch in this many parts, for the same bits on any number of
             ranks (docs/same_bits.md): `microbatches.mine` are those that this rank computes, with a
@@ -77,9 +75,11 @@ class DataParallel:
             one node too, and warns where it cannot be.
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
             `overlap` as many at once as let the last be averaged the soonest.
+        precision: "fp16" computes in float16, with float32 master weights: `mpidl.precision`.
         audit_every: in every so many updates, see whether all ranks have the same parameters, bit
             by bit, and finite ones; 0 for never. With `local_steps` after they were averaged. Not
             with an asynchronous strategy. `audit.look` does it at once.
+        noise_every: in every so many updates, estimate the gradient `noise` scale; 0 for never.
     """
 
     def __init__(
@@ -98,15 +98,16 @@ class DataParallel:
         codec: codecs.Spec = None,
         overlap: bool | str = "auto",
         bucket_bytes: int | str = "auto",
+        precision: str | None = None,
         audit_every: int = 1000,
+        noise_every: int = 20,
     ) -> None:
         self.world = world or current()
         self.model, self.optimizer, self.check_finite = model, optimizer, check_finite
         known = parameters_of(model, self.world)
         self.parameters = {name: p for name, p in known.items() if p.requires_grad}  #: to train
         self._frozen = {name: p for name, p in known.items() if not p.requires_grad}
-        self.accumulate = accumulate
-        self.steps = 0  #: updates made
+        self.accumulate, self.steps = accumulate, 0  #: calls to an update; updates made
         #: Whether any rank got SIGTERM or SIGUSR1 (`mpidl.signals`): the same on all ranks after an
         #: update; with `local_steps` after an average; asynchronous, this rank's own.
         self.stop_requested = False
@@ -122,22 +123,27 @@ class DataParallel:
             microbatches=microbatches,
             local_steps=local_steps,
             audit_every=audit_every,
+            noise_every=noise_every,
             overlap=overlap,
             bucket_bytes=bucket_bytes,
         )
         self._asynchronous = getattr(strategy, "asynchronous", False)
+        others = {"accumulate": accumulate > 1, "microbatches": microbatches is not None}
+        others |= {"check_finite": check_finite, "local_steps": (several := local_steps > 1)}
+        without = {**others, "codec": codec is not None}
+        self.precision, optimizers = mixed(
+            self.world, model, optimizers, precision, strategy, without
+        )
         arrays = {name: p.data for name, p in self.parameters.items()}
         size = sum(data.nbytes for data in arrays.values())
         on_device = any(map(is_device, arrays.values()))
         beside = for_thread(
             self.world,
             overlap,
-            ("accumulate", accumulate > 1),
-            ("microbatches", microbatches is not None),
-            ("check_finite", check_finite),
-            ("local_steps", local_steps > 1),
+            *others.items(),
             ("an asynchronous strategy", self._asynchronous),
             ("a strategy that was made for this thread", not made_for_thread(strategy)),
+            ("precision", self.precision is not None),
             ("a model on the GPU", on_device),
         )
         self.choice = strategies.make(
@@ -147,27 +153,26 @@ class DataParallel:
             codec=codec,
             microbatches=microbatches,
             on_device=on_device,
+            half=self.precision is not None,
         )
         self.strategy = self.choice.strategy
         at_once = bucket.bytes_for(size, bucket_bytes, overlaps=beside is not None)
         self.buckets = bucket.allocate(arrays, self.strategy, at_once, group_of)
-        self._accumulation: Accumulation | Microbatches | None = None
-        self.microbatches: Microbatches | None = None  #: with that option
-        if accumulate > 1:
-            self._accumulation = Accumulation(self.buckets, accumulate)
         self._placement = Placement(model, self.world, self.strategy, self.buckets)
-        if microbatches is not None:  # after rank 0's buffers have come to all
-            means = BufferMean(lambda: of_floats(model), self.strategy)
-            self._accumulation = self.microbatches = Microbatches(
-                microbatches, self.world, self.buckets, self.choice.partials, means
-            )
-        self.audit = Audit(self.world, self.strategy, self.buckets, self._frozen, audit_every)
-        self._local = (
-            None if local_steps == 1 else LocalSteps(self.world, self.strategy, local_steps)
-        )
+        self._local = LocalSteps(self.world, self.strategy, local_steps) if several else None
         group = self._local or self
+        by_pass = accumulate > 1 or microbatches is not None
+        every = 0 if self.precision is not None else noise_every  # gradients are scaled
+        self.noise = NoiseScale(every, group, self.buckets, by_pass=by_pass)
+        self.microbatches: Microbatches | None = None  #: with that option
+        if microbatches is not None:  # after rank 0's buffers have come to all
+            self.microbatches = Microbatches.of(self, microbatches)
+        self._accumulation: Accumulation | Microbatches | None = self.microbatches
+        if accumulate > 1:
+            self._accumulation = Accumulation(self.buckets, accumulate, self.noise)
+        self.audit = Audit(self.world, self.strategy, self.buckets, self._frozen, audit_every)
         kind = AsynchronousUpdate if self._asynchronous else Update
-        self.update = kind(group.world, group.strategy, self.buckets, optimizers, clip)
+        self.update = kind(group.world, group.strategy, self.buckets, optimizers, clip, self.noise)
         self.states = self.update.states  #: the optimizer's, of each bucket's owned part
         self._count = count = RowCount(model)
         self._overlap: Overlap | None = None
@@ -181,6 +186,7 @@ class DataParallel:
                 lambda: count.rows,
                 group_bytes=None if bucket_bytes == "auto" else at_once,
                 asked=overlap is True,
+                noise=self.noise,
             )
 
     def step(self, weight: float | None = None) -> None:
@@ -200,11 +206,9 @@ class DataParallel:
         could not be counted, and for a parameter that was frozen, or whose memory was replaced.
         With `accumulate` this is at the k-th call, whose group is then forgotten.
         """
-        problem: MpidlError | None = None
-        try:
-            weight = self._weigh(weight)
-        except MpidlError as error:
-            problem, weight = error, 0.0
+        weight, problem = self._placement.weigh(
+            f"step {self.steps}", weight, self._count, self._overlap, self.check_finite
+        )
         if self._accumulation is None:
             self._apply(weight, problem)
             return
@@ -248,18 +252,22 @@ class DataParallel:
     def _update(
         self, world: World, weight: float, problem: MpidlError | None, *, averaged: bool
     ) -> None:
-        total, stops = weight or 1.0, self._stops
+        total, stops, step, half = weight or 1.0, self._stops, f"step {self.steps}", self.precision
+        overflow = half is not None and problem is None and half.overflows(self.buckets)
         if not self._asynchronous:
-            total, stops = weigh(world, f"step {self.steps}", weight, problem, stops=stops)
+            total, stops, overflow = weigh(world, step, weight, problem, stops, overflow)
         elif problem is not None:
             raise problem
         if self._local is None:
             self.stop_requested = stops
             if total == 0:
-                world.agree(MissingBackward(f"step {self.steps}: no rank has a sample"))
+                world.agree(MissingBackward(f"{step}: no rank has a sample"))
         unit = weight if self.microbatches is None else self.microbatches.unit
+        self.noise.samples = total
         try:
-            if total:
+            if half is not None:
+                unit = half.unscaled(unit, overflow, step)
+            if total and not overflow:
                 self.update.make(unit / total, self.steps, averaged=averaged)
         finally:
             self._forget()  # they are no longer this rank's own
@@ -269,7 +277,8 @@ class DataParallel:
         if total and self.microbatches is not None:
             self.microbatches.means.publish(unit / total)
         clock.step(self.steps)
-        self.steps += 1
+        clock.switch(clock.COMPUTE)  # what a script's own loop does, unless it says otherwise
+        self.steps += not overflow
         supervised.note_step(self.steps)
 
     @property
@@ -334,17 +343,8 @@ class DataParallel:
             self._overlap.close()
         self.update.close()
         self._placement.release()
+        self.precision = None  # which ends it: the model is in float32 again
         self.strategy.close()
         self.buckets.clear()
         self.states.clear()
         self._accumulation = None
-
-    def _weigh(self, weight: float | None) -> float:
-        """Return this rank's weight, its gradients being in order and complete; or raise."""
-        step = f"step {self.steps}"
-        self._placement.check(step)
-        have = any(p.grad is not None for p in self.parameters.values())
-        weight = self._count.weight(weight, step, gradients=have)
-        begun = self._overlap is not None and self._overlap.begun
-        self._placement.complete(step, counts=bool(weight) or begun, finite=self.check_finite)
-        return weight

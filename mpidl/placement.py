@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mpidl.array import gpu_of, is_device, namespace, to_numpy
+from mpidl.array import gpu_model, gpu_of, is_device, namespace, to_numpy
 from mpidl.autograd.pending import settle
-from mpidl.binding import check_gpus
-from mpidl.errors import InvalidArgument, NonFiniteGradient
-from mpidl.staging import Staging
+from mpidl.binding import check_gpus, check_models
+from mpidl.errors import InvalidArgument, MpidlError, NonFiniteGradient
+from mpidl.staging import Staging, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.bucket import Bucket
     from mpidl.nn import Module
+    from mpidl.overlap import Overlap
+    from mpidl.row_count import RowCount
     from mpidl.strategies import Strategy
     from mpidl.world import World
 
@@ -41,7 +43,9 @@ class Placement:
         self._places: dict[str, tuple[Array, Array]] = {}
         self._shared = strategy.shared
         check_gpus(world, gpu_of(buckets[0].param) if buckets else None)
-        staging, root = Staging(), world.rank == 0
+        if buckets and is_device(buckets[0].param):
+            check_models(world, gpu_model())
+        staging, root = Staging(world), world.rank == 0
         for flat in buckets:
             values = namespace(flat.param).zeros_like(flat.param)
             for name, part in flat.slices().items():
@@ -51,7 +55,7 @@ class Placement:
                     staging.host(values[part], read=root, write=not root) as buffer,
                     world.mark.enter("broadcast of parameters"),
                 ):
-                    world.comm.Bcast(buffer)
+                    world.comm.Bcast(wire(buffer))
             owned = strategy.owned(flat.param.size)
             flat.param[owned] = values[owned]
             strategy.share(flat.param)
@@ -109,6 +113,28 @@ class Placement:
         problem = self.problem(step)
         if problem is not None:
             raise problem
+
+    def weigh(
+        self,
+        step: str,
+        weight: float | None,
+        count: RowCount,
+        overlap: Overlap | None,
+        finite: bool,
+    ) -> tuple[float, MpidlError | None]:
+        """Return this rank's weight, its gradients being in order and complete; or a problem.
+
+        Those whose average has begun count. See `complete`.
+        """
+        begun = overlap is not None and overlap.begun
+        try:
+            self.check(step)
+            have = any(p.grad is not None for p in self._trained.values())
+            found = count.weight(weight, step, gradients=have)
+            self.complete(step, counts=bool(found) or begun, finite=finite)
+        except MpidlError as error:
+            return 0.0, error
+        return found, None
 
     def complete(self, step: str, *, counts: bool, finite: bool) -> None:
         """Give every parameter a gradient: 0 where it has no part in the loss, or none `counts`.

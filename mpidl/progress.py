@@ -32,8 +32,8 @@ class Progress(Protocol):
         self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
     ) -> None: ...
 
-    def step(self) -> None:
-        """Show that the meter has counted another step."""
+    def step(self, samples: int) -> None:
+        """Count a step, of `samples` samples of all ranks."""
 
     def line(self, text: str) -> None:
         """Show a line: what an epoch came to, say."""
@@ -59,7 +59,7 @@ def line(result: Epoch, epochs: int) -> str:
 def make(meter: Meter, *, shown: bool) -> Progress:
     """Return what shows `meter`: nothing, a bar, or lines on standard error."""
     if not shown:
-        return Silent()
+        return Silent(meter)
     width = config.terminal_width()
     if width or sys.stderr.isatty():
         return _Bar(meter, width)
@@ -83,15 +83,19 @@ def duration(seconds: float | None) -> str:
 
 
 class Silent:
-    """Shows nothing."""
+    """Counts, and shows nothing."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
 
     def __enter__(self) -> Silent:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def step(self) -> None:
-        """Show nothing."""
+    def step(self, samples: int) -> None:
+        """Count a step."""
+        self.meter.step(samples)
 
     def line(self, text: str) -> None:
         """Show nothing."""
@@ -99,9 +103,11 @@ class Silent:
 
 class _Lines(Silent):
     def __init__(self, meter: Meter) -> None:
-        self.meter, self.since = meter, meter.begin()
+        super().__init__(meter)
+        self.since = meter.begin()
 
-    def step(self) -> None:
+    def step(self, samples: int) -> None:
+        super().step(samples)
         if self.since.seconds() > LINE_SECONDS:
             meter, loss = self.meter, self.since.read().loss
             left = duration(meter.seconds_left)
@@ -140,7 +146,8 @@ class _Bar:
         if self.piped:  # two pipes lead to the terminal: let this one empty before results follow
             time.sleep(PIPE_SECONDS)
 
-    def step(self) -> None:
+    def step(self, samples: int) -> None:
+        self.meter.step(samples)
         if self.since.seconds() > BAR_SECONDS:
             self._show()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
+
+from mpidl.trace.ranges import spanned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +43,11 @@ class Publisher(threading.Thread):
     def run(self) -> None:
         """Do it all; in the thread."""
         try:
+            start = time.perf_counter()
             for number in self._strategy.publish(self._params):
                 self._shared[number].set()
+                spanned(f"parameters of bucket {number}", start, self._params[number].nbytes)
+                start = time.perf_counter()
         except BaseException as error:  # told to whoever waits
             self._error = error
         for event in self._shared:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpidl.trace.ranges import spanned
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpidl.array import Array
     from mpidl.bucket import Bucket
+    from mpidl.noise import NoiseScale
     from mpidl.publisher import Publisher
     from mpidl.strategies import Strategy
     from mpidl.world import World
@@ -30,7 +33,7 @@ class Reducer(threading.Thread):
     each bucket's gradient holds the mean in its owned part; with `keeps`, where
     `Strategy.complete` wants it. `samples` behind this rank's gradients are told at the start;
     None where they are not known. Where that is so on any rank, nothing is averaged, and `total`
-    stays 0.
+    stays 0. Where `noise` is to be estimated, it looks at gradients before they are averaged.
     """
 
     def __init__(
@@ -43,13 +46,14 @@ class Reducer(threading.Thread):
         *,
         keeps: bool = False,
         after: Publisher | None = None,
+        noise: NoiseScale | None = None,
     ) -> None:
         super().__init__(name="mpidl reducer", daemon=True)
         self.samples = samples
         self.total = 0.0  #: of all ranks' samples
         self.seconds: list[float] = []  #: that averaging each group took
         self.error: BaseException | None = None
-        self._world, self._strategy = world, strategy
+        self._world, self._strategy, self._noise = world, strategy, noise
         self._buckets, self._groups = buckets, groups
         self._ready = [threading.Event() for _ in buckets]
         self._abandoned, self._after = False, after
@@ -92,6 +96,10 @@ class Reducer(threading.Thread):
         if unknown or not total:
             return
         assert self.samples is not None
+        noise = self._noise if self._noise is not None and self._noise.due else None
+        if noise is not None:
+            noise.begin()
+            noise.part(self.samples)
         for group in self._groups:
             for i in group:
                 self._ready[i].wait()
@@ -102,11 +110,14 @@ class Reducer(threading.Thread):
                 for i in group:
                     self._buckets[i].grad.fill(0)
             grads = [self._buckets[i].grad for i in group]
+            if noise is not None:
+                noise.look(grads)
             with world.mark.enter("average of buckets {}", (group,)):
                 for i, part, mean in self._strategy.stream(grads, self.samples / total):
                     self._keep(grads[i], part, mean)
                     world.mark.progress += 1
             self.seconds.append(time.perf_counter() - start)
+            spanned(f"average of buckets {group}", start, sum(grad.nbytes for grad in grads))
         self.total = total
 
 

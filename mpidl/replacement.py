@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpidl.elastic import Elastic
-    from mpidl.history import Epoch
+    from mpidl.history import History
     from mpidl.world import World
 
 ATTEMPTS = 3  # that may fail, until there are no more
@@ -44,7 +44,7 @@ class Replacements:
     number: int  #: of this rank, in the first world
     members: tuple[tuple[int, ...], ...]  #: the first world's ranks, by node
     hosts: list[str]  #: of all of its ranks
-    results: list[list[Epoch]] = field(default_factory=list)  #: of each `fit` that is done
+    results: list[History] = field(default_factory=list)  #: of each `fit` that is done
     coming: dict[int, Newcomer] = field(default_factory=dict)  #: by number; on rank 0
     joining: int | None = None  #: the number of the one that joins now; the same on all
     there: set[int] = field(init=False)  #: the numbers of the ranks of the world; on rank 0
@@ -175,7 +175,7 @@ def own(ranks: World) -> World:
     return ranks if spawned.parent is None else ranks.alone()
 
 
-def wait(results: int) -> list[Epoch] | None:
+def wait(results: int) -> History | None:
     """Wait for the others, who may have done what is asked for: then return what came out.
 
     Of a replacement, whose script has come to a `fit` after so many `results`. Does not return

@@ -24,7 +24,7 @@ from mpidl import clock, config
 from mpidl.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from mpidl.data import Batches
@@ -47,12 +47,13 @@ class RunFolder:
     Collective: each rank tells its host, and if rank 0 cannot write, every rank raises.
     """
 
+    #: Each gets what `write` is given, on the rank that writes.
+    listeners: Sequence[Callable[[dict[str, Any]], None]] = ()
+
     def __init__(self, path: str | Path, world: World, settings: dict[str, Any]) -> None:
         self.path = Path(path)
         self.writes = world.rank == 0
         self.config: dict[str, Any] = {}  #: what config.json holds, on rank 0
-        #: Are given each line of metrics.jsonl, on rank 0.
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         seats = world.gather((platform.node(), sorted(os.sched_getaffinity(0))))
         with world.together():
             if self.writes:
@@ -63,7 +64,7 @@ class RunFolder:
     def opened(cls, path: Path) -> RunFolder:
         """Return the folder that others have made, for a rank that came later. Not collective."""
         made = cls.__new__(cls)
-        made.path, made.writes, made.config, made.listeners = path, False, {}, []
+        made.path, made.writes, made.config = path, False, {}
         return made
 
     def _create(self, settings: dict[str, Any]) -> None:
@@ -187,8 +188,8 @@ class _Followed:
         self._write(state)
         self.shown.__exit__(kind, error, trace)
 
-    def step(self) -> None:
-        self.shown.step()
+    def step(self, samples: int) -> None:
+        self.shown.step(samples)
         if self.since.seconds() > STEPS_SECONDS:
             self._write_steps()
         now = time.monotonic()

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpidl import abort, config
+from mpidl import abort, config, launched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN = "again"
 
 _received: int | None = None
 
@@ -53,8 +55,14 @@ def received() -> int | None:
 def leave() -> NoReturn:
     """End with the status 75, `config.EXIT_REQUEUE`: "start me again". Every rank calls it.
 
-    It raises SystemExit: what stands in `finally` is done, and MPI ends in order.
+    It raises SystemExit: what stands in `finally` is done, and MPI ends in order. In the folder of
+    a job (MPIDL_OUT) rank 0 leaves the file `AGAIN`. Without it the job's script does not believe
+    the status: a launcher may end with 75 for reasons of its own.
     """
+    folder = config.job_folder()
+    if folder is not None and (launched.rank() == 0 or config.alone()):
+        with suppress(OSError):  # the script will say that it misses it
+            (Path(folder) / AGAIN).touch()
     abort.leave_together(config.EXIT_REQUEUE)
 
 

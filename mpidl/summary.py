@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from mpidl import advice
+from mpidl import advice, noise
 from mpidl.clock import OTHER, PHASES
 from mpidl.progress import duration
 
@@ -31,7 +31,7 @@ def make(totals: Totals, replica: DataParallel, config: dict[str, Any]) -> dict[
     sizes = [(replica.strategy.owned(f.param.size), f.param.size) for f in replica.buckets]
     owns_parts = any(part != slice(0, size) for part, size in sizes)
     found = totals.summary(owns_parts=owns_parts)
-    return {**found, "advice": advice.of(found, config)}
+    return {**found, "advice": advice.of(found, config), "noise": replica.noise.record()}
 
 
 def amount(nbytes: float) -> str:
@@ -74,6 +74,8 @@ def table(summary: dict[str, Any]) -> str:
         speed = f"speed {summary['efficiency']:.0%} of {ranks} single ranks"
         memory = f"{speed}, {moved} moved a step, {memory} a rank"
     console.print(memory, highlight=False)
+    for line in noise.advice(summary.get("noise"))[:1]:
+        console.print(line, highlight=False, markup=False)
     for line in summary["advice"][:1]:
         console.print(f"advice: {line}", highlight=False, markup=False)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -15,11 +15,12 @@ from mpidl.data.batches import size_in
 from mpidl.done import Done
 from mpidl.errors import InvalidArgument
 from mpidl.evaluation import batch_of, mean_of, means, tell_loss
-from mpidl.history import Epoch
+from mpidl.history import Epoch, History
 from mpidl.loss_sum import LossSum
 from mpidl.meter import Meter
 from mpidl.parallel import DataParallel
 from mpidl.refuse import whole
+from mpidl.tensorboard import TensorBoard
 from mpidl.times import Lap, Lapped, Totals
 from mpidl.world import World, current
 
@@ -67,6 +68,8 @@ class Trainer:
             counts. In a job MPIDL_OUT is the default of this and `checkpoint`: `job_folder`.
         settings: what else `config.json` is to hold.
         quiet: show no progress, and no summary of where the time went. By default MPIDL_QUIET.
+        tensorboard: write events to OUT/tensorboard too, by tensorboardX; `trainer.tensorboard`
+            takes images and the like of your own, on every rank: `mpidl.tensorboard.TensorBoard`.
         elastic: go on when ranks are killed, with others as `world` and `replica`: `mpidl.elastic`.
     """
 
@@ -93,10 +96,13 @@ class Trainer:
         keep: int = 3,
         best: str | tuple[str, str] | None = None,
         resume: str | Path | bool = "auto",
+        precision: str | None = None,
         audit_every: int = 1000,
+        noise_every: int = 20,
         out: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         quiet: bool | None = None,
+        tensorboard: bool = False,
         elastic: bool = False,
     ) -> None:
         self.world = replacement.own(world or current())
@@ -104,9 +110,8 @@ class Trainer:
         usual = {"accuracy": nn.accuracy} if loss is nn.cross_entropy else {}
         with self.world.together():
             self.metrics = dict(usual if metrics is None else metrics)
-            self.settings = dict(settings or {})
+            self.settings, elastic = dict(settings or {}), bool(elastic)
             self.quiet = config.quiet() if quiet is None else bool(quiet)
-            elastic = bool(elastic)
             if "loss" in self.metrics:
                 raise InvalidArgument('metrics: "loss" is the loss itself: choose another name')
         self.options: dict[str, Any] = {
@@ -120,7 +125,9 @@ class Trainer:
             "clip_value": clip_value,
             "accumulate": accumulate,
             "microbatches": microbatches,
+            "precision": precision,
             "audit_every": audit_every,
+            "noise_every": noise_every,
         }  #: of `DataParallel`
         self.optimizer, self.microbatches = optimizer, microbatches
         self.replicate()
@@ -133,6 +140,7 @@ class Trainer:
         self.saver: Saver | None = None
         self.memory: Saver | None = None  #: of snapshots, with `elastic`
         self.begins = False  #: whether `memory` has none of this `fit`
+        self.tensorboard = TensorBoard(self, tensorboard)
         if checkpoint is not None:
             from mpidl.checkpoint.saver import Saver  # its imports are slow, and few runs need them
 
@@ -156,7 +164,7 @@ class Trainer:
         evaluate: Dataset | None = None,
         seed: int = 0,
         shuffle: bool = True,
-    ) -> list[Epoch]:
+    ) -> History:
         """Train for `epochs` epochs with global batches of `batch_size` samples. Collective.
 
         `batch_size` may be a function of the epoch, from 0 on, such as `schedules.growing_batch`.
@@ -181,10 +189,9 @@ class Trainer:
         evaluate: Dataset | None,
         seed: int,
         shuffle: bool,
-    ) -> list[Epoch]:
+    ) -> History:
         """Do what `fit` is asked for, as far as it is not done. Collective."""
         clock.take_thread()
-        clock.switch(clock.OTHER)
         with self.world.together():
             whole("epochs", epochs)
             if isinstance(train, data.Loader) and train.microbatches != self.microbatches:
@@ -210,26 +217,25 @@ class Trainer:
                 microbatches=self.microbatches,
             )
 
-        history = [Epoch(**done) for done in self.done.take(epochs)]  # is not done again
+        history = History(Epoch(**done) for done in self.done.take(epochs))  # is not done again
         asked, epochs = epochs, epochs - len(history)
         # all of them now: what is wrong with the last is told at once
         ahead = [batches(epoch) for epoch in range(self.epochs, self.epochs + epochs)]
-        steps = sum(map(len, ahead))
         first = ahead[0] if ahead else batches(0)
         samples = len(first.dataset)
-        if not callable(batch_size):
-            batch_size = first.batch_size
+        batch_size = batch_size if callable(batch_size) else first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        meter = Meter(steps, lambda: self.losses)
+        meter = Meter(sum(map(len, ahead)), lambda: self.losses)
         shown = progress.make(meter, shown=self.world.rank == 0 and not self.quiet)
         if folder is not None:
             shown = folder.follow(shown, self, ahead, meter)
+            folder.listeners = self.tensorboard.follow()
         with shown, signals.watching() if self.saver is not None else nullcontext():
             if not self.epochs or self.done.told:
                 shown.line(progress.introduction(self.world, self.replica.choice, self.done))
             for this in ahead:
                 begun = self.replica.steps
-                loss, lapped = self._train(this, shown, meter)
+                loss, lapped = self._train(this, shown)
                 seconds = max(lapped.seconds)
                 self._totals.add(lapped, self.replica.steps - begun, samples)
                 metrics = {} if evaluate is None else self.evaluate(evaluate, this.batch_size)
@@ -245,14 +251,14 @@ class Trainer:
                 history.append(result)
                 shown.line(progress.line(result, self.epochs - len(history) + asked))
                 if folder is not None:
-                    folder.write_epoch(result, lapped, begun, None)
+                    folder.write_epoch(result, lapped, begun, self.replica.noise.record())
                 self.done.history.append(asdict(result))
                 for saver in self._savers:
                     saver.after_epoch(result)
             if self.saver is not None:
                 self.saver.checkpoints.finish()
             if ahead and self.world.rank == 0:
-                from mpidl import summary  # its imports are slow, and other ranks need none
+                from mpidl import summary
 
                 summary.tell(self._totals, self.replica, self._folder, shown)
         return history
@@ -274,9 +280,7 @@ class Trainer:
         )
         return means(self.world, self.model, {"loss": self.loss, **self.metrics}, batches)
 
-    def _train(
-        self, batches: data.Batches, shown: progress.Progress, meter: Meter
-    ) -> tuple[float, Lapped]:
+    def _train(self, batches: data.Batches, shown: progress.Progress) -> tuple[float, Lapped]:
         """Make the steps of one epoch. Returns the mean loss, and where the time went."""
         if self.memory is not None and self.begins:  # weights may be others than before
             self.memory.begin(self.done.position)
@@ -301,8 +305,7 @@ class Trainer:
             if not shard.last:
                 continue
             clock.switch(clock.OTHER)
-            meter.step(shard.batch_size)
-            shown.step()
+            shown.step(shard.batch_size)
             for saver in self._savers:
                 saver.after_step(batches, shard.step, losses, time.perf_counter() - start)
             clock.switch(clock.COMPUTE)
@@ -326,6 +329,7 @@ class Trainer:
             self._elastic.close()
         if self.saver is not None:
             self.saver.checkpoints.close()
+        self.tensorboard.close()
         self.replica.close()
 
     @property

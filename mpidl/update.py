@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpidl import clock
-from mpidl.array import GRAIN, UPDATE_BLOCK_BYTES, blocks, to_numpy
+from mpidl.array import GRAIN, UPDATE_BLOCK_BYTES, blocks, namespace, real_of, to_numpy
 from mpidl.errors import NonFiniteGradient
 from mpidl.optim.base import Layers, check_used
+from mpidl.optim.kernels import kernel_of
+from mpidl.optim.master import MASTER, refresh
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mpidl.array import Array, Averages
     from mpidl.bucket import Bucket
+    from mpidl.noise import NoiseScale
     from mpidl.optim import Optimizer
     from mpidl.optim.clip import Clip
     from mpidl.strategies import Strategy
@@ -37,11 +40,16 @@ class Update:
         buckets: Sequence[Bucket],
         optimizers: Sequence[Optimizer],
         clip: Clip,
+        noise: NoiseScale,
     ) -> None:
+        self.noise = noise
         self.world, self.strategy, self.buckets = world, strategy, buckets
         self.optimizers, self.clip = optimizers, clip
+        #: averages and updates in one pass: of strategies that can
+        self._fuse: Callable[..., None] | None = getattr(strategy, "fuse", None)
         self._owned = [strategy.owned(flat.param.size) for flat in buckets]
         self._layers: list[Layers] = []
+        self._wide: dict[int, Array] = {}  # by bucket: see `_means`
         self.states: list[dict[str, Array]] = []  #: of each bucket's owned part
         for flat, owned in zip(buckets, self._owned, strict=True):
             wholes = list(flat.slices().values())
@@ -61,10 +69,14 @@ class Update:
         """
         publishes = not averaged
         norm_first, factor = self.clip.norm is not None, 1.0
+        self._begin_noise(weight, averaged=averaged)
         if norm_first and not averaged:  # it is over all buckets
             grads = [flat.grad for flat in self.buckets]
             for i, part, mean in self.strategy.stream(grads, weight):
-                grads[i][part] = mean
+                start = self._owned[i].start
+                self._means(i)[part.start - start : part.stop - start] = mean
+                if self.noise.due:
+                    self.noise.mean(i, mean, part.start)
                 self.world.mark.progress += 1
             averaged = True
         if norm_first:
@@ -73,22 +85,67 @@ class Update:
             self.world.mark.at("bucket {} of step {}", (i, step))
             owned, optimizer = self._owned[i], self.optimizers[flat.group]
             param, grad = flat.param[owned], flat.grad[owned]
-            means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
-            averages = self._blocks(means, owned.start, factor)
+            if norm_first:
+                grad = self._means(i)
+            looks = self.noise.due and not averaged
+            fuses = self._fuse is not None and not (averaged or looks or self.clip.bounds_late)
+            kernel = kernel_of(optimizer, step) if fuses else None
             clock.switch(clock.UPDATE)
-            optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
-            check_used(optimizer, averages)
+            if kernel is not None and self._fuse is not None:
+                master = self.states[i].get(MASTER, param)
+                self._fuse(flat.grad, weight, kernel, master, self.states[i])
+                self.world.mark.progress += 1
+            else:
+                means = [(owned, grad)] if averaged else self.strategy.reduce(flat.grad, weight)
+                averages = self._blocks(means, owned.start, factor, i if looks else None)
+                optimizer.update(param, grad, self.states[i], step, self._layers[i], averages)
+                check_used(optimizer, averages)
             clock.switch(clock.REDUCE)
             if publishes:
                 self.strategy.share(flat.param)
+        self.noise.end()
 
     def synchronize(self) -> None:
         """Nothing to do, unlike with `AsynchronousUpdate`: all ranks are in step."""
 
-    restart = close = synchronize
+    def restart(self) -> None:
+        """Go on with the values that parameters now have."""
+        for flat, owned, state in zip(self.buckets, self._owned, self.states, strict=True):
+            refresh(flat.param[owned], state)
 
-    def _blocks(self, means: Iterable[tuple[slice, Array]], start: int, factor: float) -> Averages:
-        """Cut the means into blocks, and clip them; slices count from `start` on."""
+    close = synchronize
+
+    def _means(self, number: int) -> Array:
+        """Return where the owned part's means wait for the norm: in float32 if the rest is not."""
+        grad = self.buckets[number].grad[self._owned[number]]
+        if real_of(grad.dtype) == grad.dtype:
+            return grad
+        if number not in self._wide:
+            self._wide[number] = namespace(grad).empty(grad.shape, real_of(grad.dtype))
+        return self._wide[number]
+
+    def _begin_noise(self, weight: float, *, averaged: bool) -> None:
+        """Take the squares of this rank's gradients, or of the means where these are there."""
+        noise = self.noise
+        if not noise.due:
+            return
+        if averaged:
+            for i, (flat, owned) in enumerate(zip(self.buckets, self._owned, strict=True)):
+                noise.mean(i, flat.grad[owned], owned.start)
+        elif not noise.by_pass:
+            noise.take(weight * noise.samples, [flat.grad for flat in self.buckets])
+
+    def _blocks(
+        self,
+        means: Iterable[tuple[slice, Array]],
+        start: int,
+        factor: float,
+        number: int | None = None,
+    ) -> Averages:
+        """Cut the means into blocks, and clip them; slices count from `start` on.
+
+        With the `number` of the bucket their squares are taken before.
+        """
         clips = factor != 1 or self.clip.bounds_late
         clock.switch(clock.REDUCE)
         for part, mean in means:
@@ -97,6 +154,8 @@ class Update:
             self.world.mark.progress += 1
             for block in blocks(mean, UPDATE_BLOCK_BYTES):
                 piece = mean[block]
+                if number is not None:
+                    self.noise.mean(number, piece, part.start + block.start)
                 if clips:
                     self.clip.finish(piece, factor)
                 yield slice(first + block.start, first + block.stop), piece
@@ -106,8 +165,8 @@ class Update:
     def _shorten(self, step: int) -> float:
         """Return the factor that brings the whole gradient to the norm allowed. Collective."""
         rows = [np.zeros(-(-flat.grad.size // GRAIN)) for flat in self.buckets]
-        for row, flat, owned in zip(rows, self.buckets, self._owned, strict=True):
-            found = to_numpy(self.clip.measure(flat.grad[owned], owned.start))
+        for i, (row, owned) in enumerate(zip(rows, self._owned, strict=True)):
+            found = to_numpy(self.clip.measure(self._means(i), owned.start))
             row[owned.start // GRAIN :][: len(found)] = found
         norm = math.sqrt(self.strategy.total(np.concatenate(rows).tolist()).sum())
         if not math.isfinite(norm):

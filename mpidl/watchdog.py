@@ -24,6 +24,7 @@ from mpidl import abort, marks, supervised
 from mpidl.errors import MpidlError
 from mpidl.hang import Halt, Place, State, Wait
 from mpidl.link import Link
+from mpidl.trace import session as trace
 
 if TYPE_CHECKING:
     from mpidl.marks import Mark
@@ -270,6 +271,7 @@ class Watchdog(threading.Thread):
             while not request.Test():
                 time.sleep(nap)
                 nap = min(1.1 * nap, NAP_SECONDS[1])
+        trace.leave(self.MPI, self.mark.comm)
         self.stop()
 
     def stop(self) -> None:

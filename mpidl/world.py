@@ -19,6 +19,7 @@ from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
 from mpidl.refuse import WRONG, wrong
+from mpidl.trace import session as trace
 from mpidl.unsent import sent
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ class World:
 
     MPI: Any  #: the module mpi4py.MPI
     comm: Any  #: mpi4py.MPI.Intracomm
-    rank: int
-    size: int
+    rank: int  #: number of this rank, from 0 on
+    size: int  #: number of ranks
     local_rank: int  #: rank among those that share this node's memory
-    local_size: int
-    node: int  #: nodes are numbered by their lowest rank
-    nodes: int
+    local_size: int  #: number of ranks on this node
+    node: int  #: number of this node; nodes are numbered by their lowest rank
+    nodes: int  #: number of nodes
     members: tuple[tuple[int, ...], ...]  #: the ranks of each node, by local rank
     local: Any  #: mpi4py.MPI.Intracomm of this node's ranks, by local rank
     beside: bool = False  #: whether this is for a thread beside another one that computes
@@ -270,6 +271,7 @@ def replace_current(world: World) -> None:
     if _world is not None:
         _world = world
         abort.replace(world.comm)
+        trace.moved(world)
 
 
 def current() -> World:
@@ -312,6 +314,7 @@ def init(
         _world = spawned.named(World.of(MPI, MPI.COMM_WORLD))
         binding.start(_world)
         watchdog.start(_world, seconds, stall)
+        trace.start(_world)
         check = checks
     if check is not None:
         _world.mark.checks = check == "collectives"

@@ -6,7 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/make_venv.sh
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-.venv/bin/python -m pip install -q -e ".[test]"
+# What pip installs it would compile on one core.
+.venv/bin/python -m pip install -q --no-compile -e ".[test]"
+.venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true # templates are no Python
 # A second MPI, beside the one in the environment itself: both bring a bin/mpiexec.
 [[ -e .venv/mpich/lib/libmpi.so.12 ]] ||
     .venv/bin/python -m pip install -q --ignore-installed --no-deps --prefix .venv/mpich mpich
@@ -24,17 +26,20 @@ if (($#)); then
     rm -f .coverage .coverage.*
     run=(coverage run -m pytest)
 fi
-# Meanwhile Horovod is built; it comes last, for what measures finds it where it is installed.
 status=0 wheels=.venv/horovod logs=$(mktemp -d) building=
 set -m # each in a group of its own, which can be ended whole
 trap 'kill $(jobs -p | sed "s/^/-/") 2> /dev/null || true; rm -rf "$logs"' EXIT
+# Bodies in ranks come first, alone: a rank that waits for one that another program keeps from
+# running keeps a core itself, and beside other work, of any priority, they take twice as long.
+"${run[@]}" tests/test_ranks.py tests/test_peers.py -k "not horovod" --durations 24 || status=$?
+# Meanwhile Horovod is built, on what the rest leaves of the cores; it comes last, for what measures
+# finds it where it is installed.
 if type g++ make > /dev/null 2>&1; then
-    nice bash tests/peers/install_horovod.sh --wheels "$wheels" --build > "$logs/horovod" 2>&1 &
+    nice=(nice)
+    if type chrt > /dev/null 2>&1; then nice=(chrt --idle 0); fi
+    "${nice[@]}" bash tests/peers/install_horovod.sh --wheels "$wheels" --build > "$logs/horovod" 2>&1 &
     building=$!
 fi
-# Bodies in ranks come first, alone: a rank that waits for one that another program keeps from
-# running keeps a core itself, and beside other tests they take up to five times as long.
-"${run[@]}" tests/test_ranks.py tests/test_peers.py -k "not horovod" --durations 12 || status=$?
 # Then two pieces at a time, of which one often waits, in this order.
 pieces=(
     "tests/jobs/test_[a-d]*.py"

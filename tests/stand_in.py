@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from tests import stand_in_cuda
+
 API = json.loads(Path(__file__).with_name("cupy_api.json").read_text())
 VERSIONS = f"CuPy {' to '.join(API['versions'])}"
 
@@ -127,7 +129,9 @@ class ndarray:  # noqa: N801
     __array_ufunc__ = None
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, host: np.ndarray) -> None:
+    def __init__(self, host: Any, dtype: Any = None, memptr: Any = None) -> None:
+        if memptr is not None:  # as CuPy's, of memory from elsewhere
+            host = memptr.array(host, dtype)
         assert host.dtype.char in "?bBhHiIlLqQefdFD", f"CuPy has no arrays of {host.dtype}"
         self.host = host
 
@@ -152,12 +156,26 @@ class ndarray:  # noqa: N801
         return types.SimpleNamespace(**{name: getattr(self.host.flags, name) for name in names})
 
     @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.host.ctypes.data)
+
+    @property
     def base(self) -> ndarray | None:
         return None if self.host.base is None else ndarray(self.host.base)
 
-    def get(self, out: np.ndarray | None = None) -> np.ndarray:
-        synchronize()
+    def get(
+        self,
+        stream: Any = None,
+        order: str = "C",
+        out: np.ndarray | None = None,
+        blocking: bool = True,
+    ) -> np.ndarray:
         transfer()
+        if not blocking:
+            assert stream is not None and out is not None and order == "C"
+            stream.later(lambda: np.copyto(out, self.host))
+            return out
+        synchronize()
         if out is None:
             return self.host.copy()
         assert (out.shape, out.dtype) == (self.shape, self.dtype), "get: another shape or dtype"
@@ -165,11 +183,14 @@ class ndarray:  # noqa: N801
         out[...] = self.host
         return out
 
-    def set(self, arr: np.ndarray) -> None:
+    def set(self, arr: np.ndarray, stream: Any = None) -> None:
         transfer()
         assert type(arr) is np.ndarray, "set: from a NumPy array only"
         assert (arr.shape, arr.dtype) == (self.shape, self.dtype), "set: another shape or dtype"
         assert self.flags.c_contiguous, "set: into a contiguous array only"
+        if stream is not None:
+            stream.later(lambda: np.copyto(self.host, arr))
+            return
         self.host[...] = arr
 
     def __getattr__(self, name: str) -> Any:
@@ -302,7 +323,7 @@ class Generator:
 def modules() -> dict[str, types.ModuleType]:
     """Return what `import cupy` and `import cupyx` are to find, by name."""
     cupy, cupyx = Namespace("cupy"), types.ModuleType("cupyx")
-    stream = types.SimpleNamespace(synchronize=synchronize)
+    stream = stand_in_cuda.Stream(synchronize=synchronize)
     tricks = {
         name: functools.partial(call, name, text, getattr(np.lib.stride_tricks, name))
         for name, text in API["lib.stride_tricks"].items()
@@ -312,18 +333,21 @@ def modules() -> dict[str, types.ModuleType]:
         cuda=types.SimpleNamespace(
             get_current_stream=lambda: stream,
             Device=lambda _: types.SimpleNamespace(use=lambda: None),
-            runtime=types.SimpleNamespace(
-                getDeviceCount=lambda: 1,
-                getDevice=lambda: 0,
-                getDeviceProperties=lambda _: {"uuid": str(os.getpid()).encode()},
-                deviceGetPCIBusId=lambda _: "0000:00:00.0",
-            ),
+            Event=stand_in_cuda.Event,
+            Stream=stand_in_cuda.Stream,
+            UnownedMemory=stand_in_cuda.UnownedMemory,
+            MemoryPointer=stand_in_cuda.MemoryPointer,
+            runtime=stand_in_cuda.runtime(synchronize),
+        ),
+        RawModule=functools.partial(stand_in_cuda.RawModule, submit),
+        get_default_memory_pool=lambda: types.SimpleNamespace(
+            free_all_blocks=stand_in_cuda.GPU.free_pool
         ),
         lib=types.SimpleNamespace(stride_tricks=types.SimpleNamespace(**tricks)),
         random=types.SimpleNamespace(Generator=Generator, Philox4x3210=lambda seed: seed),
     )
     vars(cupyx).update(empty_pinned=lambda size, dtype: np.full(size, 77, dtype))
-    return {"cupy": cupy, "cupyx": cupyx}
+    return {"cupy": cupy, "cupyx": cupyx, "cupy.cuda.nccl": stand_in_cuda.nccl(stream)}
 
 
 def install() -> None:

@@ -13,7 +13,15 @@ README = (job.ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("number", range(len(PYTHON)))
+@pytest.mark.parametrize(
+    ("mpi", "number"),
+    [
+        *(("openmpi", number) for number in range(len(PYTHON))),
+        ("mpich", 0),  # what the others call is tested with it elsewhere
+        *(pytest.param("mpich", n, marks=pytest.mark.soak) for n in range(1, len(PYTHON))),
+    ],
+    indirect=["mpi"],
+)
 def test_code_runs(mpi: str, number: int, tmp_path: Path) -> None:
     result = job.run(mpi, 2, job.script(tmp_path, PYTHON[number]), cwd=tmp_path)
     assert result.status == 0, result

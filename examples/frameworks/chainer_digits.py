@@ -39,7 +39,8 @@ def main() -> None:
             sgd.update()
     with chainer.no_backprop_mode():
         scores = model(test.x).array
-    print(f"rank {world.rank}: {(scores.argmax(1) == test.y).mean():.2%}, {abs(scores).sum():.9g}")
+    accuracy = (scores.argmax(1) == test.y).mean()
+    print(f"rank {world.rank}: test accuracy {accuracy:.2%}, sum of scores {abs(scores).sum():.9g}")
 
 
 if __name__ == "__main__":

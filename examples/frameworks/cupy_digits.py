@@ -64,7 +64,8 @@ def main() -> None:
                     v += g
                     a -= 0.1 * v
     scores = to_numpy(forward(xp, layers, xp.asarray(test.x))[-1])
-    print(f"rank {world.rank}: {(scores.argmax(1) == test.y).mean():.2%}, {abs(scores).sum():.9g}")
+    accuracy = (scores.argmax(1) == test.y).mean()
+    print(f"rank {world.rank}: test accuracy {accuracy:.2%}, sum of scores {abs(scores).sum():.9g}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def main() -> None:
             mpidl.average([p.grad() for p in parameters], weight=len(x))
             sgd.update(1)
     scores = model(nd.array(test.x)).asnumpy()
-    print(f"rank {world.rank}: {(scores.argmax(1) == test.y).mean():.2%}, {abs(scores).sum():.9g}")
+    accuracy = (scores.argmax(1) == test.y).mean()
+    print(f"rank {world.rank}: test accuracy {accuracy:.2%}, sum of scores {abs(scores).sum():.9g}")
 
 
 if __name__ == "__main__":

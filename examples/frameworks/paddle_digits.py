@@ -33,7 +33,8 @@ def main() -> None:
             sgd.clear_grad()
     with paddle.no_grad():
         scores = model(paddle.to_tensor(test.x)).numpy()
-    print(f"rank {world.rank}: {(scores.argmax(1) == test.y).mean():.2%}, {abs(scores).sum():.9g}")
+    accuracy = (scores.argmax(1) == test.y).mean()
+    print(f"rank {world.rank}: test accuracy {accuracy:.2%}, sum of scores {abs(scores).sum():.9g}")
 
 
 if __name__ == "__main__":

@@ -97,10 +97,10 @@ def main() -> None:
             of_drawn, of_real = (
                 judge(p).softmax(1) > 0.9 for p in (pictures, torch.from_numpy(test.x))
             )
-        print(f"drawn digits   {of_drawn.any(1).float().mean():.1%} are read with 90 % certainty")
+        print(f"strategy       {draws.choice.name}")
         print(f"real digits    {of_real.any(1).float().mean():.1%}")
         print(f"rarest digit   {of_drawn.sum(0).min()} of {len(pictures)}")
-        print(f"strategy       {draws.choice.name}")
+        print(f"drawn digits   {of_drawn.any(1).float().mean():.1%} are read with 90 % certainty")
 
 
 if __name__ == "__main__":

@@ -96,9 +96,9 @@ def main() -> None:
         tell(f"iter {i + 1:<3}       {rates[-1]:.1f} img/s per rank")
     found = torch.tensor(rates)
     mean, spread = found.mean().item(), 1.96 * found.std(correction=0).item()
+    tell(f"ranks          {hvd.size()}")
     tell(f"per rank       {mean:.1f} +- {spread:.1f} img/s")
     tell(f"total          {hvd.size() * mean:.1f} +- {hvd.size() * spread:.1f} img/s")
-    tell(f"ranks          {hvd.size()}")
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def main() -> None:
         x, y = windows(rest).tensors
         with torch.no_grad():
             bits = loss_of(model(x), y).item() / y.numel() / math.log(2)
-        print(f"test loss      {bits:.4f} bits per character")
         print(f"strategy       {replica.choice.name}")
+        print(f"test loss      {bits:.4f} bits per character")
 
 
 if __name__ == "__main__":

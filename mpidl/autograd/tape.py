@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from threading import RLock
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     Adjoint: TypeAlias = Callable[[Array, Array | None], Array]
 
 ndarray = np.ndarray
+
+narrow = 0  # trainings in float16: these look themselves whether a gradient is infinite
+QUIET: Any = {"over": "ignore", "invalid": "ignore"}
 
 _walking = RLock()  # leaves are shared between graphs; a hook may walk another graph
 
@@ -132,7 +136,7 @@ def walk(root: Node, gradient: Array, into: dict[Any, Array | None] | None = Non
     leaf receives anything, where an earlier walk freed a part of the graph, or an array that is
     needed was changed in place. One walk at a time: others wait.
     """
-    with _walking:
+    with _walking, np.errstate(**QUIET) if narrow else nullcontext():
         _walk(root, gradient, into)
 
 

@@ -235,6 +235,15 @@ def tensor(data: Any, *, requires_grad: bool = False, dtype: Any = None) -> Tens
 
     Python floats become float32, as does what is to have a gradient and is of whole numbers.
     Raises AutogradError for what are no numbers.
+
+    ```pycon
+    >>> from mpidl import tensor
+    >>> x = tensor([1.0, 2.0], requires_grad=True)
+    >>> (x**2).sum().backward()
+    >>> x.grad
+    array([2., 4.], dtype=float32)
+
+    ```
     """
     data = array_of(data)
     given = array.is_array(data)

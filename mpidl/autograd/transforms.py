@@ -27,6 +27,15 @@ def grad(function: Callable[..., Tensor], argument: int = 0) -> Callable[..., Ar
     `function` gets that argument as a tensor, the others as they are, and returns one number. The
     gradient is an array of the argument's shape. Other leaves, such as parameters of a model that
     `function` uses, gather nothing. Raises AutogradError for a value of several elements.
+
+    ```pycon
+    >>> import numpy as np
+    >>> from mpidl import autograd
+    >>> gradient = autograd.grad(lambda x: (x**2).sum())
+    >>> gradient(np.array([1.0, 2.0]))
+    array([2., 4.])
+
+    ```
     """
 
     def gradient(*arguments: Any) -> Array:
@@ -96,6 +105,14 @@ def jvp(function: Callable[..., Tensor], x: Any, v: Any) -> tuple[Array, Array]:
     One pass with dual numbers, without a graph (Baydin et al. 2018, section 3.1). Changes are
     plain arrays: a derivative of a derivative is not to be had. Raises AutogradError where the
     shapes differ.
+
+    ```pycon
+    >>> import numpy as np
+    >>> from mpidl import autograd, functional
+    >>> autograd.jvp(functional.exp, np.zeros(2), np.array([1.0, 2.0]))
+    (array([1., 1.]), array([1., 2.]))
+
+    ```
     """
     _check_callable(function, "jvp")
     xs, vs = (x, v) if isinstance(x, tuple) and isinstance(v, tuple) else ((x,), (v,))

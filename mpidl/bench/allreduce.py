@@ -24,13 +24,26 @@ def run(
     hosts: Mapping[str, int] | None = None,
     codecs: Sequence[str] = (),
     rate: float | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Return {"machine", "rows": one for each method and size, "absent": {method: why}}.
 
     With `hosts`, numbers of ranks by name, the ranks run there. See `allreduce_ranks.measure`.
     """
     options: dict[str, Any] = {"sizes": sizes, "turns": turns, "codecs": codecs, "rate": rate}
+    if check_device(device) == "cuda":
+        if codecs or rate:
+            raise InvalidArgument("codecs and rate: expected none with --device cuda")
+        options = {"sizes": sizes, "turns": turns}
+        return jobs.run("mpidl.bench.device_ranks", ranks, hosts, **options)
     return jobs.run("mpidl.bench.allreduce_ranks", ranks, hosts, **options)
+
+
+def check_device(device: str) -> str:
+    """Return it. Raises InvalidArgument for another than those there are."""
+    if device not in ("cpu", "cuda"):
+        raise InvalidArgument(f"device {device!r}: expected 'cpu' or 'cuda'")
+    return device
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -73,9 +86,10 @@ def _table(rows: list[dict[str, Any]], wire: dict[str, Any] | None) -> Any:
     table = Table(title=f"{write_size(rows[0]['bytes'])} of float32, {rows[0]['ranks']} ranks")
     table.add_column("method", no_wrap=True)
     table.add_column("what")
-    bound = next(r["median_s"] for r in rows if r["method"] == "memory_bound")
+    bounds = ("memory_bound", "copy_bound")
+    bound = next(r["median_s"] for r in rows if r["method"] in bounds)
     if wire is None:
-        table.caption = "us: median and quartiles; bound: memory_bound / median"
+        table.caption = "us: median and quartiles; bound: that of memory, or of a copy / median"
         unit, scale, columns = "us", 1e6, ("GB/s", "bound")
     else:
         how = "measured" if wire["measured"] else "as given"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl import functional, nn, optim
+from mpidl.array import synchronize, to_device, to_numpy
 from mpidl.bench import rivals
 from mpidl.bench.engine_models import RATE, batch, model
 from mpidl.parallel import DataParallel
@@ -54,25 +55,31 @@ def in_mpidl(
     name: str,
     rows: int,
     seed: int = 0,
+    device: str = "cpu",
     **options: Any,
 ) -> Replica:
     """Return the model `name` in this engine; `seed` tells the ranks' batches apart. Collective.
 
-    `options` are for `DataParallel`.
+    `options` are for `DataParallel`. On a GPU a step ends when the GPU has done it.
     """
-    x, y = batch(name, rows, seed)
+    x, y = (to_device(value, device) for value in batch(name, rows, seed))
     nn.seed(0)
-    network = model(name)
+    network = model(name).to(device)
     optimizer = optim.SGD(RATE, momentum=MOMENTUM)
     parallel = DataParallel(network, optimizer, strategy, world=world, **options)
+
+    def update() -> None:
+        parallel.step()
+        synchronize(x)
+
     return Replica(
         method,
         "local",
         parallel.choice.name,
         rows,
         backward=lambda: functional.cross_entropy(network(x), y).backward(),
-        update=parallel.step,
-        values=lambda: [p.data for p in network.parameters()],
+        update=update,
+        values=lambda: [to_numpy(p.data) for p in network.parameters()],
         close=parallel.close,
     )
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mpidl.bench import jobs
-from mpidl.bench.allreduce import show_absent
+from mpidl.bench.allreduce import check_device, show_absent
 from mpidl.bench.step_breakdown import PHASES
 from mpidl.errors import InvalidArgument
 from mpidl.strategies import own
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 MODELS = ("wide", "mlp", "cnn", "transformer")
 METHODS = (
-    *("local", *own(), "auto", "microbatches", "hierarchical_blocking"),
+    *("local", *own(), "nccl", "auto", "microbatches", "hierarchical_blocking"),
     *("torch_local", "ddp", "horovod"),
 )
+KNOWN = (*METHODS, "noise")  # which is measured only if asked for
 TORCH_METHODS = ("local", *own(), "auto", "ddp", "horovod")
 FRAMEWORKS = {
     "mpidl": (*MODELS, "deep"),
@@ -39,6 +40,7 @@ def run(
     codecs: Sequence[str] = (),
     samples: int | None = None,
     framework: str = "mpidl",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Return {"machine", "rows": one for each model and method, "memory", "absent"}.
 
@@ -47,6 +49,8 @@ def run(
     """
     check_names("framework", [framework], tuple(FRAMEWORKS))
     check_names("model", models, FRAMEWORKS[framework])
+    if check_device(device) == "cuda" and (framework != "mpidl" or codecs):
+        raise InvalidArgument("--device cuda: expected --framework mpidl, and no codecs")
     if framework == "torch":
         check_names("method", methods or [], TORCH_METHODS)
         if codecs:
@@ -58,11 +62,13 @@ def run(
             module, ranks, hosts, models=models, turns=turns, methods=methods, samples=samples
         )
         return {**report, "memory": []}
-    check_names("method", methods or [], METHODS)
+    check_names("method", methods or [], KNOWN)
     module = "mpidl.bench.step_ranks"
     options: dict[str, Any] = {"turns": turns, "methods": methods, "codecs": codecs}
     options["samples"] = samples
-    report = jobs.run(module, ranks, hosts, models=models, **options)
+    report = jobs.run(module, ranks, hosts, models=models, device=device, **options)
+    if device == "cuda":
+        return {**report, "memory": []}
     asked = MEMORY_METHODS if MEMORY_MODEL in models else ()
     report["memory"] = [
         jobs.run("mpidl.bench.step_memory", ranks, hosts, model=MEMORY_MODEL, method=method)

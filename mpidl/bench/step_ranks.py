@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl.array import gpu_model
 from mpidl.bench import coded, jobs, machine, replicas, rivals, step_breakdown, timing
 from mpidl.bench.engine_models import ROWS
 from mpidl.errors import MpidlError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 BLOCKING = "hierarchical_blocking"
 MICROBATCHES = "microbatches"  # one of each rank: the same bits on fewer
+NOISE = "noise"  # its scale, estimated in each step
 #: In a row: until then `DataParallel` finds out what to average at once, and whether it pays.
 STEPS_OF_OVERLAP = WATCHED + MEASURED + TRIED
 EPS = float(np.finfo(np.float32).eps)
@@ -37,15 +39,20 @@ def measure(
     samples: int | None = None,
     breakdown: bool = True,
     codecs: Sequence[str] = (),
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Return {"machine", "rows", "absent"}. Collective.
 
     `methods`, by default all, are measured besides those that they are compared with. `samples`
     make a global batch, in parts as equal as can be; by default each rank has the model's own.
-    "microbatches" is "hierarchical" with as many as there are ranks. With more than one node,
+    "microbatches" is "hierarchical" with as many as there are ranks; "noise", only if asked for,
+    estimates the noise scale in each step, and not in one of 20. With more than one node,
     "hierarchical" is measured without overlap and with each of `codecs`, too, and "unchecked" tells
-    which of these were not compared with the mean, and why.
+    which of these were not compared with the mean, and why. On the `device` "cuda" PyTorch and
+    Horovod are left out, and the breakdown, which would need clocks on the GPU.
     """
+    if device == "cuda":
+        return _on_gpus(world, models, turns, methods, samples)
     ours = [name for name in (*own(), "auto") if methods is None or name in methods]
     with_torch = methods is None or bool({"torch_local", "ddp"} & set(methods))
     absent: dict[str, str] = {}
@@ -70,6 +77,8 @@ def measure(
     variants = dict(between_nodes)
     if methods is None or MICROBATCHES in methods:
         variants[MICROBATCHES] = {"microbatches": world.size}
+    if methods is not None and NOISE in methods:
+        variants[NOISE] = {"noise_every": 1}
     alone = World.of(world.MPI, world.MPI.COMM_SELF)
     report: list[dict[str, Any]] = []
     for name in models:
@@ -101,6 +110,35 @@ def measure(
     facts = machine.facts(world)
     unchecked = {"unchecked": coded.unchecked(list(between_nodes))} if between_nodes else {}
     return {"machine": facts, "rows": report, "absent": absent, **unchecked}
+
+
+def _on_gpus(
+    world: World, models: list[str], turns: int, methods: list[str] | None, samples: int | None
+) -> dict[str, Any]:
+    """Return what `measure` does, for models on GPUs: "nccl" among them. Collective."""
+    alone = World.of(world.MPI, world.MPI.COMM_SELF)
+    absent: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+    for name in models:
+        count = ROWS[name] if samples is None else part_of(world, samples)
+        asked = (name, count, world.rank, "cuda")
+        made = [replicas.in_mpidl("local", "allreduce", alone, *asked)]
+        for method in (*own(), "nccl", "auto"):
+            if methods is not None and method not in methods:
+                continue
+            try:
+                made.append(replicas.in_mpidl(method, method, world, *asked))
+            except MpidlError as error:
+                if not error.collective:
+                    raise
+                absent[method] = str(error)
+        rows += rows_of(world, name, made, turns)
+        for replica in made:
+            replica.close()
+        del made
+        gc.collect()
+    facts = {**machine.facts(world), "gpu": gpu_model()}
+    return {"machine": facts, "rows": rows, "absent": absent}
 
 
 def part_of(world: World, samples: int) -> int:

@@ -13,6 +13,7 @@ from mpidl.checkpoint.pieces import Held
 from mpidl.checkpoint.reader import fill
 from mpidl.checkpoint.state import write_into
 from mpidl.errors import CheckpointError
+from mpidl.precision import FIRST_SCALE, check_scale
 
 if TYPE_CHECKING:
     from mpidl.array import Array
@@ -89,13 +90,20 @@ def _checked(stored: Stored) -> dict[str, Any]:
             nn.random.check_state(one)
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"{stored.path}: the random state of a rank: {error!r}") from error
-    return {"updates": updates, "local_steps": local, "random": random}
+    try:
+        scale = check_scale(engine.get("loss_scale", [FIRST_SCALE, 0]))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{stored.path}: the manifest's {error}") from error
+    return {"updates": updates, "local_steps": local, "random": random, "loss_scale": scale}
 
 
 def _counters(state: EngineState, stored: Stored, engine: dict[str, Any]) -> None:
     replica, world = state.replica, state.world
     if len(engine["random"]) == world.size:
         nn.random.set_state(engine["random"][world.rank])
+    if replica.precision is not None:
+        scale = replica.precision.loss_scale
+        scale.scale, scale.good = engine["loss_scale"]
     local = replica._local
     if local is not None:
         every, calls = engine["local_steps"]

@@ -21,6 +21,7 @@ from mpidl.checkpoint.pieces import Sheet, shares
 from mpidl.checkpoint.writer import Writer
 from mpidl.errors import InvalidArgument
 from mpidl.refuse import refuses, whole
+from mpidl.trace.ranges import range as named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,6 +69,7 @@ class Checkpoints:
             self._claim = folders.Claim(self.folder)
             self._kept = folders.Kept(self.folder, keep, rule)
 
+    @named("checkpoint")
     def save(
         self,
         step: int,

@@ -153,7 +153,7 @@ class Claim:
 
 
 def make(world: World, folder: Path) -> None:
-    """Make `folder`, where all ranks write. Collective.
+    """Make `folder`, where all ranks write, for nobody else; one that is there stays. Collective.
 
     Raises InvalidArgument on every rank where it cannot be written, or is not the same folder on
     all ranks (a local disk of each host, say).
@@ -162,7 +162,7 @@ def make(world: World, folder: Path) -> None:
     with world.together():
         if world.rank == 0:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(0o700, parents=True, exist_ok=True)
                 token.touch()
             except OSError as error:
                 raise InvalidArgument(f"checkpoint: cannot write {folder}: {error}") from error

@@ -197,6 +197,8 @@ class EngineState:
             "updates": max(self.world.gather(0 if server is None else server.updates)),
             "random": self.world.gather(nn.random.get_state()),
         }
+        if r.precision is not None:
+            found["loss_scale"] = [r.precision.loss_scale.scale, r.precision.loss_scale.good]
         if r._local is not None:
             found["local_steps"] = [r._local.every, r._local._calls]
         return found

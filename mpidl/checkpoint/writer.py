@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpidl.checkpoint import disk, folder, manifest
 from mpidl.checkpoint.manifest import File, Manifest, data_name
+from mpidl.trace.ranges import spanned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +51,7 @@ class Writer(threading.Thread):
         try:
             self._write_own()
             self.seconds = time.perf_counter() - start
+            spanned("checkpoint written", start, self._sheet.data.nbytes)
             if self._made is not None:
                 self._finish(self._made)
         except BaseException as error:

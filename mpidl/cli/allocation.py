@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mpidl import config, cores
+from mpidl import cores, launched
 from mpidl.cli import launcher, places
 from mpidl.cli.schedulers import base
 from mpidl.errors import InvalidArgument
@@ -80,10 +80,10 @@ def choose(ranks: int | None, hosts: str) -> Chosen:
             found = find()
         chosen = _first(ranks or room, named)
         return Chosen(ranks or room, chosen, _cores(chosen, found), found, named=True)
-    name, copies = config.launched_size() or ("", 1)
+    name, copies = launched.size() or ("", 1)
     if copies > 1:
         raise InvalidArgument(
-            f"{config.launched_by()} has started mpidl run {copies} times ({name}={copies}), and "
+            f"{launched.by()} has started mpidl run {copies} times ({name}={copies}), and "
             "each would start all ranks; expected it once, without that, or python in its place"
         )
     found = find()

@@ -20,7 +20,9 @@ from mpidl.cli import plan as planning
 from mpidl.cli import report as reporting
 from mpidl.cli import status as following
 from mpidl.cli import submit as submission
+from mpidl.cli import trace as tracing
 from mpidl.cli import watch as watching
+from mpidl.cli.told import complain
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_intersperse
 app.command()(following.status)
 app.command()(reporting.report)
 app.command()(watching.watch)
+app.add_typer(tracing.app, name="trace")
 
 
 @app.callback(invoke_without_command=True)
@@ -115,6 +118,22 @@ def run(
     bind: Annotated[
         str, typer.Option(metavar="cores|none", help="Give each rank cores of its own.")
     ] = "",
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Record where the time goes, on all ranks, in trace.json (docs/trace.md).",
+        ),
+    ] = False,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="--trace, into this file; FILE.json.gz is compressed. Default: trace.json, in a "
+            "job in the folder MPIDL_OUT. A word after --trace would be the script.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress and no summary of a Trainer.")
     ] = False,
@@ -129,6 +148,8 @@ def run(
 
     Inside a job of SLURM, PBS, LSF or Flux, on its hosts: mpidl run train.py
 
+    mpidl run --trace -n 4 train.py
+
     mpidl run --launcher srun --dry-run train.py
 
     mpidl run --hosts a:4,b:4 train.py
@@ -136,7 +157,7 @@ def run(
     mpidl run --hosts a:4,b:4 --restarts 3 --min-ranks 4 train.py
     """
     if (replace and not elastic) or (min_ranks and not elastic and restarts is None):
-        print("mpidl: --replace needs --elastic; --min-ranks that or --restarts", file=sys.stderr)
+        complain("--replace needs --elastic; --min-ranks that or --restarts")
         raise typer.Exit(2)
     library = _or_exit(starters.find)
     program = _or_exit(partial(launcher.program, command, module=module))
@@ -149,6 +170,8 @@ def run(
         settings["MPIDL_QUIET"] = "1"
     if bind:
         settings["MPIDL_BIND"] = _or_exit(partial(config.bind, bind))
+    if trace or trace_file is not None:
+        settings |= _or_exit(partial(tracing.settings, trace_file))
     environment = {**starter.environment(chosen), **settings}
     names = [*os.environ, *environment]
     options = _or_exit(
@@ -176,13 +199,16 @@ def run(
             settings,
             chosen.cores,
         )
-        raise typer.Exit(_or_exit(partial(supervise.run, job)))
+        status = _or_exit(partial(supervise.run, job))
+        tracing.finish(settings)
+        raise typer.Exit(status)
     sys.stdout.flush()
     if starter.own and library.vendor == "openmpi":
         with attend.status_file() as (path, told):
             environment["MPIDL_STATUS_FILE"] = path
-            status = attend.run(line, {**os.environ, **environment})
-            raise typer.Exit(status or told())
+            status = attend.run(line, {**os.environ, **environment}) or told()
+            tracing.finish(settings)
+            raise typer.Exit(status)
     # The launcher takes this process's place: its exit status and Ctrl-C need no one between.
     os.execve(line[0], line, {**os.environ, **environment})
 
@@ -231,9 +257,9 @@ def copy(
 
 
 def _or_exit(function: Callable[[], T]) -> T:
-    """Turn an error of ours into one line and exit status 2."""
+    """Turn an error of ours into a message and exit status 2."""
     try:
         return function()
     except MpidlError as error:
-        print(f"mpidl: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(2) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -18,7 +17,9 @@ from mpidl.bench import scaling as scaling_bench
 from mpidl.bench import start as start_bench
 from mpidl.bench import step as step_bench
 from mpidl.bench import stragglers as stragglers_bench
+from mpidl.bench import trace as trace_bench
 from mpidl.cli import launcher
+from mpidl.cli.told import complain
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
 from mpidl.plan import units
 
@@ -47,6 +48,7 @@ Ranks: TypeAlias = Annotated[
 Hosts: TypeAlias = Annotated[
     str, typer.Option(metavar="a:2,b:2", help="Run on these hosts instead, with so many ranks.")
 ]
+Device: TypeAlias = Annotated[str, typer.Option(help="cpu, or cuda: models on GPUs.")]
 Plot: TypeAlias = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Draw the report: .png, .svg or .pdf.")
 ]
@@ -82,6 +84,7 @@ def allreduce(
     rate: Annotated[
         str, typer.Option(help="What the wire between nodes carries: 10gbit. Default: measured.")
     ] = "",
+    device: Device = "cpu",
     as_json: AsJson = False,
     plot: Plot = None,
     turns: Turns = allreduce_bench.TURNS,
@@ -96,6 +99,7 @@ def allreduce(
     """
     wanted = _or_exit(partial(allreduce_bench.parse_sizes, sizes))
     options = {"codecs": _or_exit(partial(coded.parse, codecs))}
+    options["device"] = device
     options["rate"] = 8 * _or_exit(partial(units.rate, rate, "rate")) if rate else None
     count, options["hosts"] = _or_exit(partial(_places, ranks, hosts))
     _check_plot(plot)
@@ -120,7 +124,7 @@ def step(
         ),
     ] = "",
     methods: Annotated[
-        str, typer.Option(help=f"Only these, of {', '.join(step_bench.METHODS)}.")
+        str, typer.Option(help=f"Only these, of {', '.join(step_bench.KNOWN)}.")
     ] = "",
     codecs: Annotated[
         str, typer.Option(help="Also hierarchical with these, between nodes: bf16,powersgd.")
@@ -128,6 +132,7 @@ def step(
     samples: Annotated[
         int | None, typer.Option(min=1, help="The batch of all ranks. Default: the models' own.")
     ] = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
     turns: Turns = step_bench.TURNS,
 ) -> None:
@@ -140,7 +145,7 @@ def step(
     """
     names = [name for name in methods.split(",") if name] or None
     options = {"codecs": _or_exit(partial(coded.parse, codecs)), "samples": samples}
-    options["framework"] = framework
+    options |= {"framework": framework, "device": device}
     count, options["hosts"] = _or_exit(partial(_places, ranks, hosts))
     usual = step_bench.FRAMEWORKS.get(framework, ()) if framework != "mpidl" else step_bench.MODELS
     chosen = models.split(",") if models else list(usual)
@@ -214,6 +219,15 @@ def stragglers(
     _tell(report, stragglers_bench.show, as_json)
 
 
+@app.command()
+def trace(ranks: Ranks = None, as_json: AsJson = False, turns: Turns = trace_bench.TURNS) -> None:
+    """Time the same training steps with and without a trace (`mpidl run --trace`), in turns.
+
+    Example: mpidl bench trace -n 2
+    """
+    _tell(_or_exit(partial(trace_bench.run, ranks or RANKS, turns)), trace_bench.show, as_json)
+
+
 def _places(ranks: int | None, hosts: str) -> tuple[int, dict[str, int] | None]:
     """Return the number of ranks, and those of each host. Raises InvalidArgument."""
     if not hosts:
@@ -241,5 +255,5 @@ def _or_exit(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except MpidlError as error:
-        print(f"mpidl: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(2 if isinstance(error, (InvalidArgument, MPINotFound)) else 1) from None

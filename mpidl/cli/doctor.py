@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import mpidl
 from mpidl import cores
 from mpidl.cli import launcher
+from mpidl.cli.told import wrapped
 from mpidl.errors import MpidlError
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def _mpi(report: Report) -> None:
     facts["thread_level"] = found["thread_level"]
     facts["ranks_per_node"] = f"{found['ranks_per_node']} of {found['ranks']} in a trial run"
     facts["cuda_aware"] = found["cuda_aware"]
+    facts["says_cuda_aware"] = found.get("says_cuda_aware")
     facts["strategy"] = found["strategy"]
     report.advice.extend(found["warnings"])
     if found["ranks"] != PROBE_RANKS or not found["allreduce_works"]:
@@ -124,9 +127,11 @@ def _gpu(report: Report) -> None:
         facts["gpus"] = json.loads(result.stdout)
     elif driver:
         report.advice.append(f"CuPy finds no GPU: {result.stderr.strip().splitlines()[-1]}")
-    if facts["gpus"] and facts.get("cuda_aware") != "yes":
+    measured = str(facts.get("cuda_aware"))
+    if facts["gpus"] and not measured.startswith("yes"):
         report.advice.append(
-            "MPI does not say that it is CUDA-aware: GPU arrays travel through pinned host memory"
+            f"MPI is not CUDA-aware: {measured}; between nodes GPU arrays travel through pinned "
+            "host memory"
         )
 
 
@@ -154,6 +159,7 @@ LABELS = {
     "cupy": "CuPy",
     "gpus": "GPUs",
     "cuda_aware": "CUDA-aware MPI",
+    "says_cuda_aware": "which it says",
 }
 
 
@@ -175,24 +181,31 @@ def show(report: Report, *, as_json: bool, found: Found | None = None) -> None:
     table = Table(show_header=False, box=None)
     for key, label in LABELS.items():
         value = report.facts.get(key)
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        shown = ", ".join(_counted(value)) if isinstance(value, list) else value
         table.add_row(
             f"[bold]{label}[/]", escape(str(shown)) if shown not in (None, "") else "none"
         )
     console.print(table)
+
+    def tell(word: str, colour: str, told: str) -> None:
+        console.print(f"[bold {colour}]{word}[/]{escape(told.removeprefix(word))}")
+
     for text in report.problems:
-        console.print("[bold red]problem[/] " + escape(text))
+        tell("problem", "red", wrapped(text, "problem ", " " * 8))
     for text in report.advice:
-        console.print("[bold yellow]advice[/]  " + escape(text))
+        tell("advice", "yellow", wrapped(text, "advice  ", " " * 8))
     for finding in found.findings if found is not None else ():
         colour = {"ok": "green", "warning": "yellow"}.get(finding.state, "red")
-        text = finding.line.removeprefix(finding.state)
-        console.print(f"[bold {colour}]{finding.state}[/]{escape(text)}")
-        if finding.next:
-            console.print(escape(f"        next: {finding.next}"))
+        tell(finding.state, colour, finding.lines)
     healthy = report.healthy and not (found and found.told("problem"))
     if healthy and found is not None:
         where = ",".join(found.hosts)
-        console.print(f"[bold green]ready[/]   mpidl run --hosts {escape(where)} SCRIPT will work")
+        tell("ready", "green", wrapped(f"mpidl run --hosts {where} SCRIPT will work", "ready   "))
     elif healthy:
-        console.print("[bold green]ready[/]   mpidl run -n 2 SCRIPT will work here")
+        tell("ready", "green", "ready   mpidl run -n 2 SCRIPT will work here")
+
+
+def _counted(values: list[Any]) -> list[str]:
+    """Return values as words; of equal ones, such as a host's GPUs, how many there are."""
+    counts = Counter(map(str, values))
+    return [value if count == 1 else f"{count} x {value}" for value, count in counts.items()]

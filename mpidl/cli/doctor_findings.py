@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from mpidl.cli.told import wrapped
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     Facts = Mapping[str, Mapping[str, Any]]  # by host
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-COLUMNS = 80
 NAMES = 3  # of hosts, in a line
 LEAST_SHARED_MEMORY = 1 << 30  # free bytes; containers have 64 MiB by default
 LEAST_OPEN_FILES = 1024
@@ -35,17 +36,17 @@ SAME = (  # what is compared; how bad it is where it differs; what to do
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report, and where it is not well, what to do."""
+    """One thing that was found, and where it is not well, what to do."""
 
     state: str  #: "ok", "warning" or "problem"
     text: str
     next: str = ""
 
     @property
-    def line(self) -> str:
-        """The line, of at most 80 columns."""
-        line = f"{self.state:<8}{self.text}"
-        return line if len(line) <= COLUMNS else f"{line[: COLUMNS - 3]}..."
+    def lines(self) -> str:
+        """What a person reads, in 80 columns."""
+        told = wrapped(self.text, f"{self.state:<8}", " " * 8)
+        return f"{told}\n{wrapped(f'next: {self.next}', ' ' * 8, ' ' * 14)}" if self.next else told
 
 
 def of_hosts(facts: Facts, failed: Mapping[str, tuple[str, str]]) -> list[Finding]:

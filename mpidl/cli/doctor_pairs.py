@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl.bench import jobs, timing, wire
+from mpidl.trace.clocks import offset
 
 if TYPE_CHECKING:
     from mpidl.world import World
@@ -87,16 +88,6 @@ def traffic() -> dict[str, int]:
             with suppress(OSError, ValueError):
                 found[device.name] = found.get(device.name, 0) + 4 * int(file.read_text())
     return found
-
-
-def offset(samples: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """Return how far another clock is ahead, and the uncertainty, from (asked, its time, answered).
-
-    Cristian (1989, doi:10.1007/BF01784024): the shortest round trip tells the most, and the answer
-    came somewhere in it.
-    """
-    asked, told, answered = min(samples, key=lambda sample: sample[2] - sample[0])
-    return told - (asked + answered) / 2, (answered - asked) / 2
 
 
 def _clocks(world: World) -> list[tuple[float, float]]:

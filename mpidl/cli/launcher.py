@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpidl import cores, mpi
+from mpidl import config, cores, launched, mpi
 from mpidl.errors import InvalidArgument, MPINotFound
 
 if TYPE_CHECKING:
@@ -29,6 +29,20 @@ HOSTS = {"openmpi": "--host", "mpich": "-hosts", "intel": "-hosts"}  # by vendor
 # others all.
 NEEDED = ("GLOO_", "HOROVOD_", "LD_LIBRARY_PATH", "MKL_", "MPI4PY_", "MPIDL_", "OMP_", "OPENBLAS_",
           "PYTHON")  # fmt: skip  # names begin so
+SEPARATOR = "\x1e"
+# What `python -m mpi4py OPTION` says of each option, in one process: starting takes the longest.
+ASK = f"""
+import sys
+from mpi4py.run import main
+for option in sys.argv[1:]:
+    sys.argv[1:] = [option]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    print(end={SEPARATOR!r})
+"""
 SIGNS = {"openmpi": "open mpi", "mpich": "hydra", "intel": "intel", "unknown": ""}
 
 
@@ -51,30 +65,23 @@ class LauncherNotFound(MPINotFound):
 
 
 def query() -> Library:
-    """Return the library that mpi4py loads in this environment. Raises MPINotFound."""
-    asked = [_ask(question) for question in ("--mpi-lib-version", "--mpi-library")]
-    version, path = map(_answer, asked, [child.communicate() for child in asked])
-    vendor = mpi.vendor(version)
-    return Library(vendor, mpi.short_version(version), path, _launcher(vendor, path))
+    """Return the library that mpi4py loads in this environment. Raises MPINotFound.
 
-
-def _ask(question: str) -> subprocess.Popen[str]:
-    """Ask mpi4py in a child process: loading an MPI library cannot be undone, and may crash."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mpi4py", question],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    A child process asks it: loading an MPI library cannot be undone, and may crash.
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", ASK, "--mpi-lib-version", "--mpi-library"],
+        capture_output=True,
         text=True,
+        check=False,
         env=clean_environment(),
     )
-
-
-def _answer(child: subprocess.Popen[str], said: tuple[str, str]) -> str:
-    output, errors = said
     if child.returncode:
-        reason = "; ".join(errors.strip().splitlines()[-2:])
+        reason = "; ".join(child.stderr.strip().splitlines()[-2:])
         raise MPINotFound(f"no MPI library found ({reason}). {mpi.HOW_TO_GET_MPI}")
-    return output.strip()
+    version, path = (text.strip() for text in child.stdout.split(SEPARATOR)[:2])
+    vendor = mpi.vendor(version)
+    return Library(vendor, mpi.short_version(version), path, _launcher(vendor, path))
 
 
 def find() -> Library:
@@ -180,8 +187,9 @@ def environment(
 ) -> dict[str, str]:
     """Return what to add to the environment of `ranks` ranks on this machine, or on `hosts`.
 
-    Nothing that the user has set is changed. `available` are the cores of a host; by default all
-    are taken to have as many as this one.
+    Nothing that the user has set is changed; what PBS has set is, where ranks would have more
+    threads than there are cores. `available` are the cores of a host; by default all are taken to
+    have as many as this one.
     """
     at_hand = cores.available() if available is None else available
     ranks = max(hosts.values()) if hosts else ranks
@@ -202,7 +210,9 @@ def environment(
             wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
         if os.geteuid() == 0:  # as in a container
             wanted["OMPI_ALLOW_RUN_AS_ROOT"] = wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+    too_many = (config.pbs_threads() or 0) * ranks > cores.available()
+    changed = ("OMP_NUM_THREADS",) if too_many else ()
+    return {k: v for k, v in wanted.items() if k not in os.environ or k in changed}
 
 
 def program(command: list[str], *, module: bool) -> list[str]:
@@ -265,5 +275,4 @@ def _version(launcher: str) -> str:
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without what a launcher adds, so that a child is a job of its own."""
-    added = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "HYDRA_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(added)}
+    return launched.without()

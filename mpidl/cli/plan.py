@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path  # noqa: TC003 - typer looks at it when it runs
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ import typer
 from mpidl import bucket, cores
 from mpidl.bench import jobs, plots
 from mpidl.cli import launcher
+from mpidl.cli.told import complain
 from mpidl.errors import InvalidArgument, MpidlError, MPINotFound
 from mpidl.plan import PAYLOAD, Constants, Link, measure, report, units
 from mpidl.plan.topology import ALGORITHMS
@@ -104,7 +104,7 @@ def plan(
     try:
         found = predicted()
     except MpidlError as error:
-        print(f"mpidl: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(2 if isinstance(error, (InvalidArgument, MPINotFound)) else 1) from None
     if as_json:
         print(json.dumps(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +13,11 @@ import typer
 
 from mpidl.cli import runs, schedulers
 from mpidl.cli.schedulers.base import SchedulerFailed, State
+from mpidl.cli.told import COLUMNS, complain
 
 if TYPE_CHECKING:
     from mpidl.cli.runs import Record
 
-COLUMNS = 80
 LATE_SECONDS = 120  # without news of a run that is said to run
 ENDS = {"finished": 0, "failed": 1, "unknown": 0}  # exit statuses of --watch
 
@@ -46,7 +46,7 @@ def status(
     while True:
         now = _of_folder(folder) if folder is not None else _of_job(job)
         if now is None:
-            print(f"mpidl: no run folder and no job {job!r}", file=sys.stderr)
+            complain(f"no run folder and no job {job!r}")
             raise typer.Exit(2)
         ended = not watch or now["state"] in ENDS
         if as_json or before is None or ended:
@@ -104,9 +104,11 @@ def _look(record: Record) -> dict[str, Any]:
         "requeues": max(0, record.starts - 1),
         "progress": progress,
     }
-    if record.array is not None:
-        folders = sorted(p for p in record.folder.iterdir() if p.name.isdecimal())
-        told["jobs"] = {p.name: runs.progress(p) for p in folders}
+    # of the jobs of an array, or of processes that each train alone (MPIDL_ALONE)
+    folders = [path for path in record.folder.iterdir() if re.fullmatch("[0-9]+", path.name)]
+    if folders or record.array is not None:
+        folders.sort(key=lambda path: int(path.name))
+        told["jobs"] = {path.name: runs.progress(path) for path in folders}
     return told
 
 

@@ -16,6 +16,7 @@ import typer
 
 from mpidl.cli import clusters, copy, runs, schedulers
 from mpidl.cli.job import Job, quote
+from mpidl.cli.told import complain
 from mpidl.errors import InvalidArgument, MpidlError
 
 if TYPE_CHECKING:
@@ -110,11 +111,11 @@ def submit(
         text = system.render(job, copy.root() / "launch")
         print(text, end="")
         for note in advice(job):
-            print(f"mpidl: {note}", file=sys.stderr)
+            complain(note)
         if not dry_run:
             _hand_over(job, kind, system, text)
     except MpidlError as error:
-        print(f"mpidl: {error}", file=sys.stderr)
+        complain(error)
         status = 2 if isinstance(error, InvalidArgument) else 1
         raise typer.Exit(status) from None
 

@@ -56,6 +56,13 @@ def make(codec: Spec) -> AnyCodec | None:
 
     A copy, for two threads must not share what a codec works in. Raises InvalidArgument for an
     unknown name, and for a class.
+
+    ```pycon
+    >>> from mpidl import codecs
+    >>> codecs.make("bf16").nbytes(1000)
+    2000
+
+    ```
     """
     if isinstance(codec, type):
         raise InvalidArgument(f"codec: expected a name or {codec.__name__}(...)")

@@ -106,6 +106,15 @@ def batches(
     Collective; without a `world` (None) it is not, and the shard is the whole batch. Raises on
     every rank: BatchTooLarge where the batch is larger than the data set, InvalidArgument for a
     batch below 1 or a negative seed or epoch, RankMismatch where the ranks differ in any of these.
+
+    ```pycon
+    >>> import numpy as np
+    >>> from mpidl import data
+    >>> train = data.ArrayDataset(np.ones((5, 2)), np.arange(5))
+    >>> [y.tolist() for x, y in data.batches(train, 2, world=None, shuffle=False)]
+    [[0, 1], [2, 3], [4]]
+
+    ```
     """
     made = Batches(
         dataset,

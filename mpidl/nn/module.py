@@ -48,8 +48,8 @@ class Module:
 
     training = True  # class attributes, so that a subclass needs no super().__init__()
     sync = False  #: True where each training forward is collective: a rank without samples joins in
-    _hooks: tuple[list[Callable[[Module, tuple[Any, ...]], None]], ...] = ()
-    _output_hooks: tuple[list[Callable[[Module, tuple[Any, ...], Any], None]], ...] = ()
+    _hooks: tuple[list[Callable[[Module, tuple[Any, ...]], Any]], ...] = ()
+    _output_hooks: tuple[list[Callable[[Module, tuple[Any, ...], Any], Any]], ...] = ()
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """Compute the output. Subclasses say with which shapes."""
@@ -58,14 +58,19 @@ class Module:
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         """Call the hooks, then `forward`."""
         for (hook,) in self._hooks:
-            hook(self, inputs)
+            changed = hook(self, inputs)
+            inputs = inputs if changed is None else changed
         output = self.forward(*inputs, **options)
         for (after,) in self._output_hooks:
-            after(self, inputs, output)
+            changed = after(self, inputs, output)
+            output = output if changed is None else changed
         return output
 
-    def on_forward(self, hook: Callable[[Module, tuple[Any, ...]], None]) -> Callable[[], None]:
-        """Call `hook(module, inputs)` before each forward. Returns the function that ends this."""
+    def on_forward(self, hook: Callable[[Module, tuple[Any, ...]], Any]) -> Callable[[], None]:
+        """Call `hook(module, inputs)` before each forward. Returns the function that ends this.
+
+        What the hook returns, unless it is None, are the inputs in place of these: a tuple.
+        """
         entry = [hook]  # its identity tells it from the same hook added again
         self._hooks = (*self._hooks, entry)
 
@@ -74,8 +79,11 @@ class Module:
 
         return remove
 
-    def on_output(self, hook: Callable[[Module, tuple[Any, ...], Any], None]) -> Callable[[], None]:
-        """Call `hook(module, inputs, output)` after each forward. Returns what ends this."""
+    def on_output(self, hook: Callable[[Module, tuple[Any, ...], Any], Any]) -> Callable[[], None]:
+        """Call `hook(module, inputs, output)` after each forward. Returns what ends this.
+
+        What the hook returns, unless it is None, is the output in place of this.
+        """
         entry = [hook]
         self._output_hooks = (*self._output_hooks, entry)
 
@@ -210,6 +218,11 @@ class Module:
         from mpidl.nn.summary import summarize
 
         return summarize(self, example)
+
+    def _repr_html_(self) -> str:
+        from mpidl.nn.summary import modules_table
+
+        return modules_table(self)
 
     def arguments(self) -> str:
         """Return what `repr` shows in parentheses; "" by default."""

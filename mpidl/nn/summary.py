@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpidl import markup
 from mpidl.autograd import Record, trace
 from mpidl.autograd.tensor import array_of
 from mpidl.nn.flops import flops
@@ -48,15 +49,7 @@ class Summary:
     flops: int
 
     def __str__(self) -> str:
-        table = [HEAD]
-        above: list[str] = []  # names, from the model down
-        for row in self.rows:
-            above[row.depth :] = [row.name]
-            inside = f"{above[-2]}." if len(above) > 1 else ""
-            name = "  " * row.depth + (row.name.removeprefix(inside) or "model")
-            output = "-" if row.output is None else str(row.output)
-            table.append((name, row.kind, output, f"{row.parameters:,}", f"{row.flops:,}"))
-        table.append(("total", "", "", f"{self.parameters:,}", f"{self.flops:,}"))
+        table = [HEAD, *self._cells()]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = []
         for cells in table:
@@ -65,6 +58,20 @@ class Summary:
             lines.append("  ".join(left + right))
         rule = "-" * len(lines[0])
         return "\n".join([f"input {self.input}", lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    def _repr_html_(self) -> str:
+        return f"<p>input {self.input}</p>\n" + markup.table(HEAD, self._cells(), left=3)
+
+    def _cells(self) -> list[tuple[str, str, str, str, str]]:
+        cells = []
+        above: list[str] = []  # names, from the model down
+        for row in self.rows:
+            above[row.depth :] = [row.name]
+            inside = f"{above[-2]}." if len(above) > 1 else ""
+            name = "  " * row.depth + (row.name.removeprefix(inside) or "model")
+            output = "-" if row.output is None else str(row.output)
+            cells.append((name, row.kind, output, f"{row.parameters:,}", f"{row.flops:,}"))
+        return [*cells, ("total", "", "", f"{self.parameters:,}", f"{self.flops:,}")]
 
 
 def summarize(model: Module, example: Array | tuple[int, ...]) -> Summary:
@@ -115,6 +122,20 @@ def summarize(model: Module, example: Array | tuple[int, ...]) -> Summary:
     return Summary(
         rows, x.shape, sum(row.parameters for row in rows), sum(row.flops for row in rows)
     )
+
+
+def modules_table(model: Module) -> str:
+    """Return the table of modules, with parameters of their own, that a notebook shows."""
+    rows = []
+    counted: set[int] = set()
+    for name, module in model.named_modules().items():
+        own = {id(c): c.size for _, c in module.children() if isinstance(c, Parameter)}
+        size = sum(n for key, n in own.items() if key not in counted)
+        counted |= set(own)
+        kind = f"{type(module).__name__}({module.arguments()})"
+        rows.append((name or "model", kind, f"{size:,}"))
+    total = sum(parameter.size for parameter in model.parameters())
+    return markup.table(("layer", "kind", "parameters"), [*rows, ("total", "", f"{total:,}")], 2)
 
 
 @refuses

@@ -125,8 +125,7 @@ def _advice(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     for run in runs:
         given = run.summary.get("advice")
         lines = [printable(str(one)) for one in given] if isinstance(given, list) else []
-        if (scale := noise.of(run)) is not None:
-            lines.append(scale.advice())
+        lines += [line for line in noise.advice(run) if line not in lines]
         if lines:
             found.append((run.name, lines))
     return found

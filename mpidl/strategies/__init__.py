@@ -18,8 +18,10 @@ from mpidl.strategies import auto
 from mpidl.strategies.adasum import Adasum
 from mpidl.strategies.allreduce import AllReduce
 from mpidl.strategies.base import Strategy, in_turn, publish_in_turn
+from mpidl.strategies.fastest import fastest
 from mpidl.strategies.hierarchical import Hierarchical
 from mpidl.strategies.horovod import Horovod
+from mpidl.strategies.nccl import Nccl
 from mpidl.strategies.parameter_server import ParameterServer
 from mpidl.strategies.ring import Ring
 from mpidl.strategies.sharded import Sharded
@@ -31,33 +33,47 @@ if TYPE_CHECKING:
     from mpidl.array import Array
     from mpidl.world import World
 
+
+def _device_hierarchical(*arguments: Any, **options: Any) -> Strategy:
+    from mpidl.strategies.device_hierarchical import DeviceHierarchical  # few need it
+
+    return DeviceHierarchical(*arguments, **options)
+
+
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "hierarchical": Hierarchical,
     "horovod": Horovod,
+    "nccl": Nccl,
     "parameter_server": ParameterServer,
     "ring": Ring,
     "sharded": Sharded,
 }
 
+#: What has a class of its own for models on a GPU.
+ON_DEVICE: dict[str, Callable[..., Strategy]] = {"hierarchical": _device_hierarchical}
 #: What combines gradients into something else than their mean.
 RULES: dict[str, Callable[..., Strategy]] = {"adasum": Adasum}
-#: Of STRATEGIES, what needs another library to average: it is never chosen unasked.
-LIBRARIES = ("horovod",)
+#: Of STRATEGIES, what needs another library to average: no ranks go on in it when one is killed.
+LIBRARIES = ("horovod", "nccl")
 TAKE_CODECS = ("hierarchical", "ring")  # the option `codec`
+TAKE_HALF = ("allreduce", "hierarchical", "nccl", "sharded")  # arrays of float16
 ADD_BY_TREE = ("hierarchical",)  # the option `microbatches`
 
 __all__ = [
     "ADD_BY_TREE",
     "LIBRARIES",
+    "ON_DEVICE",
     "RULES",
     "STRATEGIES",
     "TAKE_CODECS",
+    "TAKE_HALF",
     "Adasum",
     "AllReduce",
     "Choice",
     "Hierarchical",
     "Horovod",
+    "Nccl",
     "ParameterServer",
     "Ring",
     "Sharded",
@@ -66,6 +82,7 @@ __all__ = [
     "make",
     "own",
     "publish_in_turn",
+    "takes_half",
 ]
 
 
@@ -89,13 +106,17 @@ def make(
     codec: codecs.Spec = None,
     microbatches: int | None = None,
     on_device: bool = False,
+    half: bool = False,
+    measured: bool = True,
 ) -> Choice:
     """Return the strategy of this name, made for `world`; an instance is returned as it is.
 
     Collective. "auto" chooses by topology, by the `size` of all parameters in bytes, by whether
-    they are `on_device`, and by whether there is a codec or `microbatches`. Where the ranks of a
-    node cannot share memory, "hierarchical" becomes "sharded", with a warning that says what to
-    change; with a codec or microbatches it stays itself, and takes each rank for a node.
+    they are `on_device`, or in float16 (`half`), and by whether there is a codec or `microbatches`.
+    On GPUs it takes what is `measured` to be the fastest of `auto.ON_DEVICE`.
+    Where the ranks of a node cannot share memory, "hierarchical" becomes "sharded" (on GPUs
+    "allreduce"), with a warning that says what to change; with a codec or microbatches it stays
+    itself, and takes each rank for a node.
 
     Raises on every rank UnknownStrategy for a name that any rank does not know, InvalidArgument
     for a class, for an unknown codec, for one that the strategy does not take, and for microbatches
@@ -113,6 +134,7 @@ def make(
                 f"strategy: expected a name or a strategy, found {told(strategy)}"
             )
         whole("strategy: size", size)
+        on_device, half, measured = bool(on_device), bool(half), bool(measured)
         coded = codecs.make(codec)
         if coded is not None and strategy not in (*TAKE_CODECS, "auto"):
             raise InvalidArgument(
@@ -127,9 +149,14 @@ def make(
     world.same(strategy if isinstance(strategy, str) else _describe(strategy), "strategy")
     if not isinstance(strategy, str):
         return Choice(strategy, type(strategy).__name__, "as given")
+    kinds = {**STRATEGIES, **RULES, **(ON_DEVICE if on_device else {})}
     name, why = strategy, "as asked for"
     if strategy == "auto":
         name, why = auto.choose(world, size, on_device=on_device)
+        if measured and on_device and world.size > 1:
+            name, why = fastest(world, size, {one: kinds[one] for one in auto.ON_DEVICE})
+        if half and name == "hierarchical" and world.nodes > 1:
+            name, why = auto.FALLBACK, f"{world.nodes} nodes, and float16"
         if coded is not None and name not in TAKE_CODECS:
             name, why = TAKE_CODECS[0], "it takes the codec"
         if microbatches is not None and world.size > 1:
@@ -138,8 +165,8 @@ def make(
     if microbatches is not None and world.size > 1:
         options["microbatches"] = microbatches
     try:
-        made = {**STRATEGIES, **RULES}[name](world, **options)
-        if made.shared:  # a trial: as much as will be needed, though not yet used
+        made = kinds[name](world, **options)
+        if made.shared and not on_device:  # a trial: as much as will be needed, though not yet used
             shared.allocate(world, max(1, size * (1 + world.local_size)))
         return _chosen(made, name, why, coded)
     except NoSharedMemory as error:  # on every rank
@@ -148,7 +175,7 @@ def make(
             why = f"each rank as a node of its own: {error}"
             world, fallback = world.apart(), name
         else:
-            fallback = auto.FALLBACK
+            fallback = auto.FALLBACK_ON_DEVICE if on_device else auto.FALLBACK
         if world.rank == 0:
             warnings.warn(f'strategy "{fallback}" {why}', RuntimeWarning, stacklevel=3)
         return _chosen(STRATEGIES[fallback](world, **options), fallback, why, coded)
@@ -184,6 +211,13 @@ def _check_microbatches(
         )
     if problem:
         raise InvalidArgument(f"{microbatches=} with {problem}")
+
+
+def takes_half(strategy: str | Strategy) -> bool:
+    """Return whether a strategy, or the one of this name, may be given arrays of float16."""
+    kinds = [*map(STRATEGIES.get, TAKE_HALF)]
+    on_gpu = hasattr(strategy, "fuse")  # that of "hierarchical" there
+    return strategy in (*TAKE_HALF, "auto") or type(strategy) in kinds or on_gpu
 
 
 def own() -> dict[str, Callable[..., Strategy]]:

@@ -52,7 +52,7 @@ class Adasum:
     shared: ClassVar[bool] = False
 
     def __init__(self, world: World) -> None:
-        self.world, self.staging = world, Staging()
+        self.world, self.staging = world, Staging(world)
         self._layers: dict[int, list[slice]] = {}  # by id of the gradient
         self._arrived: dict[tuple[Any, str], Array] = {}  # what a partner sends, by kind of array
 
@@ -61,7 +61,7 @@ class Adasum:
 
         What lies outside of the layers is padding: it stays as it is.
         """
-        param, grad = private(size, dtype, xp)
+        param, grad = private(size, dtype, xp, self.world)
         layers = [slice(start, start + math.prod(shape)) for start, shape in layout]
         self._layers[id(grad)] = layers or [slice(0, size)]
         weakref.finalize(grad, self._layers.pop, id(grad)).atexit = False

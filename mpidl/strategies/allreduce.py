@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from mpidl import clock
+from mpidl.array import is_device, real_of
 from mpidl.staging import Staging
 from mpidl.strategies.base import around, in_turn, private, publish_in_turn
 
@@ -23,17 +24,18 @@ if TYPE_CHECKING:
 class AllReduce:
     """Every rank owns everything; MPI_Allreduce moves it (MPI-4.1, section 6.9.6).
 
-    A GPU array is handed over as it is where MPI is CUDA-aware, else through pinned memory.
+    A GPU array is handed over as it is where MPI is CUDA-aware, else through pinned memory, where
+    copies of other chunks go on meanwhile.
     """
 
     shared: ClassVar[bool] = False
 
     def __init__(self, world: World) -> None:
-        self.world, self.staging = world, Staging()
+        self.world, self.staging = world, Staging(world)
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def owned(self, size: int) -> slice:
         """Return all of it."""
@@ -42,14 +44,23 @@ class AllReduce:
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) in place, chunk by chunk. Collective."""
         clock.moved_bytes += around(grad.nbytes, self.world.size)
+        if self.world.size > 1 and is_device(grad) and not self.staging.direct:
+            total = grad.astype(real_of(grad.dtype), copy=False)
+            total *= weight
+            for part in self.staging.through(total, self._sum):
+                yield part, total[part]
+            return
         for part in self.staging.chunks(grad):
-            chunk = grad[part]
+            chunk = grad[part].astype(real_of(grad.dtype), copy=False)  # sums of float16
             if weight != 1:
                 chunk *= weight
             if self.world.size > 1:
                 with self.staging.host(chunk) as buffer:
-                    self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
+                    self._sum(buffer)
             yield part, chunk
+
+    def _sum(self, buffer: Array) -> None:
+        self.world.comm.Allreduce(self.world.MPI.IN_PLACE, buffer)
 
     def stream(self, grads: Sequence[Array], weight: float) -> Stream:
         """Reduce one array after the other. Collective."""

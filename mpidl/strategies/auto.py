@@ -10,12 +10,14 @@ if TYPE_CHECKING:
 SMALL_BYTES = 1 << 12  # measured: below, MPI_Allreduce takes less time
 SMALL_BYTES_BETWEEN_NODES = 1 << 16
 FALLBACK = "sharded"  # where a node's memory cannot be shared: it moves as few bytes, and owns 1/P
+ON_DEVICE = ("hierarchical", "nccl", "allreduce")  # what is tried for models on GPUs
+FALLBACK_ON_DEVICE = "allreduce"  # where GPUs do not reach each other's memory
 
 
 def choose(world: World, size: int, *, on_device: bool) -> tuple[str, str]:
     """Return the name of a strategy, and the reason, for `size` bytes of parameters.
 
-    The same on every rank. Not collective.
+    The same on every rank. Not collective. On GPUs what is measured takes its place.
     """
     if world.size == 1:
         return "allreduce", "one rank, nothing to average"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from mpidl.array import aligned_zeros
+import numpy as np
+
+from mpidl.array import aligned_zeros, out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
     from mpidl.array import Array, Averages, Layout, Stream
+    from mpidl.world import World
 
 
 class Strategy(Protocol):
@@ -104,6 +106,17 @@ def around(nbytes: int, ranks: int) -> int:
     return 2 * (ranks - 1) * nbytes // ranks
 
 
-def private(size: int, dtype: Any, xp: Any) -> tuple[Array, Array]:
-    """Return two zeroed arrays (size,) in this process's own memory."""
-    return aligned_zeros(size, dtype, xp), aligned_zeros(size, dtype, xp)
+def private(size: int, dtype: Any, xp: Any, world: World | None = None) -> tuple[Array, Array]:
+    """Return two zeroed arrays (size,) in this process's own memory. Collective on GPUs.
+
+    Raises OutOfDeviceMemory on every rank where a GPU has not so much.
+    """
+    if xp is np or world is None:
+        return aligned_zeros(size, dtype, xp), aligned_zeros(size, dtype, xp)
+    with world.together():
+        try:
+            return aligned_zeros(size, dtype, xp), aligned_zeros(size, dtype, xp)
+        except MemoryError as error:
+            total = 2 * size * np.dtype(dtype).itemsize
+            what = f"a gradient and its parameters of {size:,} elements of {np.dtype(dtype)}"
+            raise out_of_memory(total, what) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from mpidl import clock, codecs, exchange, node_sums, scatter_gather, shared
-from mpidl.array import ALIGNMENT_BYTES, GRAIN, UPDATE_BLOCK_BYTES, blocks
+from mpidl.array import ALIGNMENT_BYTES, GRAIN, UPDATE_BLOCK_BYTES, blocks, real_of
 from mpidl.codecs import PowerSGD
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import Exchange, Lane, Source
@@ -100,14 +100,19 @@ class Hierarchical:
         """
         if xp is not np:
             raise InvalidArgument(
-                'strategy "hierarchical" averages in host memory, and the model is on the GPU: '
-                'use "allreduce", or "auto"'
+                "Hierarchical averages in host memory, and the model is on the GPU: use the name "
+                '"hierarchical"'
+            )
+        if np.dtype(dtype).itemsize == 2 and self.world.nodes > 1:
+            raise InvalidArgument(
+                f'strategy "hierarchical" with precision fp16 is for one node, and there are '
+                f'{self.world.nodes}: use "sharded", or "auto"'
             )
         counts, sums = self._arrays()
         before = sum(counts[: self.world.local_rank])
         mine = slice(before, before + counts[self.world.local_rank])
         if 1 < self.world.nodes == self.world.size:  # nobody to share with
-            param, grad = private(size, dtype, xp)
+            param, grad = private(size, dtype, xp, self.world)
             # grad[:]: no reference to itself
             grads = [*(np.empty_like(grad) for _ in range(mine.stop - 1)), grad[:]]
         else:
@@ -118,8 +123,8 @@ class Hierarchical:
                 for place in (0, mine.stop, *range(1, 1 + sum(counts)))
             )
         if grad.dtype not in self._scratch:
-            rows = max([2, *map(depth, sums)])
-            self._scratch[grad.dtype] = np.empty((rows, UPDATE_BLOCK_BYTES // grad.itemsize), dtype)
+            rows, columns = max([2, *map(depth, sums)]), UPDATE_BLOCK_BYTES // grad.itemsize
+            self._scratch[grad.dtype] = np.empty((rows, columns), real_of(dtype))
         lanes, state, homes = [], {}, []
         if self.world.nodes > 1 and not isinstance(self.exchange, ScatterGather):
             lanes = list(exchange.lanes(size, self.world, self._part))

@@ -54,12 +54,12 @@ class ParameterServer:
                 "asynchronous=True needs MPI_THREAD_MULTIPLE, and MPI was started without it: let "
                 "mpidl.init() start MPI, or use a library that has it"
             )
-        self.world, self.servers, self.staging = world, servers, Staging()
+        self.world, self.servers, self.staging = world, servers, Staging(world)
         self.asynchronous, self.staleness = asynchronous, staleness
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def owned(self, size: int) -> slice:
         """Return the part of a server, and nothing for the others."""

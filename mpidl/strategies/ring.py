@@ -49,14 +49,14 @@ class Ring:
                 f"ring encodes at every hop, which {coded} is not for: expected a codec without "
                 'feedback, such as "fp16", "bf16" or "int8", or the strategy "hierarchical"'
             )
-        self.world, self.chunk_bytes, self.staging = world, chunk_bytes, Staging()
+        self.world, self.chunk_bytes, self.staging = world, chunk_bytes, Staging(world)
         self.codec = coded
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,). Raises InvalidArgument for a codec on a GPU."""
         if self.codec is not None and xp is not np:
             raise InvalidArgument(f"ring: codec {self.codec} works in host memory; not on a GPU")
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def codecs(self) -> list[codecs.Codec]:
         """Return those that may draw random numbers."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpidl import clock
-from mpidl.array import namespace
-from mpidl.staging import Staging
+from mpidl.array import namespace, real_of
+from mpidl.staging import Staging, wire
 from mpidl.strategies.base import in_turn, private, publish_in_turn
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class Sharded:
     shared: ClassVar[bool] = False
 
     def __init__(self, world: World) -> None:
-        self.world, self.staging = world, Staging()
+        self.world, self.staging = world, Staging(world)
 
     def allocate(self, size: int, dtype: Any, xp: Any, layout: Layout = ()) -> tuple[Array, Array]:
         """Return zeroed private arrays (size,)."""
-        return private(size, dtype, xp)
+        return private(size, dtype, xp, self.world)
 
     def owned(self, size: int) -> slice:
         """Return this rank's part."""
@@ -49,9 +49,10 @@ class Sharded:
         Weighting puts the pieces side by side, as MPI wants them.
         """
         for pieces, places in self._chunks(grad):
-            packed = namespace(grad).empty(places[-1].stop, grad.dtype)
+            real = real_of(grad.dtype)
+            packed = namespace(grad).empty(places[-1].stop, real)
             for piece, place in zip(pieces, places, strict=True):
-                namespace(grad).multiply(grad[piece], weight, out=packed[place])
+                namespace(grad).multiply(grad[piece], weight, out=packed[place], dtype=real)
             counts = [place.stop - place.start for place in places]
             with self.staging.host(packed) as buffer:  # the sum comes to its beginning
                 self.world.comm.Reduce_scatter(self.world.MPI.IN_PLACE, buffer, counts)
@@ -78,7 +79,7 @@ class Sharded:
             packed[places[mine]] = param[pieces[mine]]
             counts = [place.stop - place.start for place in places]
             with self.staging.host(packed) as buffer:
-                self.world.comm.Allgatherv(self.world.MPI.IN_PLACE, [buffer, counts])
+                self.world.comm.Allgatherv(self.world.MPI.IN_PLACE, [wire(buffer), counts])
             clock.moved_bytes += packed.nbytes - counts[mine] * param.itemsize
             for rank, (piece, place) in enumerate(zip(pieces, places, strict=True)):
                 if rank != mine:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from mpidl import refuse
 from mpidl.errors import InvalidArgument, MpidlError
@@ -150,6 +151,17 @@ def check_replica(optimizer: Any, asked: Any, batch_dim: Any) -> None:
         whole("batch_dim", batch_dim)
     if asked.microbatches is not None:
         whole("microbatches", asked.microbatches, 1)
+    whole("noise_every", asked.noise_every)
+
+
+def rows(inputs: Any, batch_dim: int | None) -> float:
+    """Return the rows of the first tensor among `inputs`; 1 where samples do not count."""
+    if batch_dim is None:
+        return 1.0
+    for value in pytree.tree_leaves(inputs):
+        if torch.is_tensor(value) and value.ndim > batch_dim:
+            return float(value.shape[batch_dim])
+    return 1.0
 
 
 def compressor(value: Any) -> Any:

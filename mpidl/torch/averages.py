@@ -75,6 +75,7 @@ class Averages:
         self.op, self.predivide, self.passes = op, predivide, passes
         self.sparse_as_dense, self.process_set = sparse_as_dense, process_set
         self.done = False  #: whether the gradients are averaged, and none is new since
+        self.steps = 0  #: how often they were averaged
         self.skip = False  #: whether `step` is to take them as they are
         self._slots: dict[int, Slot] = {}  # by id of the parameter
         self._groups: list[Group] = []

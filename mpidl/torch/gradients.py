@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mpidl.bucket import Bucket
     from mpidl.microbatches import Microbatches
+    from mpidl.noise import NoiseScale
     from mpidl.overlap import Overlap
     from mpidl.strategies import Strategy
     from mpidl.torch.buffers import Buffers
@@ -44,9 +45,11 @@ class Gradients:
         buckets: Sequence[Bucket],
         places: Sequence[Place],
         frozen: dict[str, Any],
+        noise: NoiseScale,
     ) -> None:
         self.world, self.strategy, self.places = world, strategy, places
         self.steps = 0  #: averages so far
+        self.noise = noise
         self.wanted = True  #: whether backward is followed by averaging
         self.stop_requested = False  #: whether any rank got a signal: the same after an average
         self.overlap: Overlap | None = None
@@ -182,12 +185,16 @@ class Gradients:
         if not total:
             return 0.0
         with self.world.mark.enter("average of gradients"):
+            self._begin_noise(weight, total, averaged=averaged)
             if not averaged:
                 for i, part, mean in self.strategy.stream(self._arrays, unit / total):
+                    if self.noise.due:
+                        self.noise.mean(i, mean, part.start)
                     self.strategy.keep(self._arrays[i], part, mean)
                     self.world.mark.progress += 1
             for grad in self._arrays:
                 self.strategy.complete(grad)
+            self.noise.end()
         self._show(self._used(missing) if unused else None)
         if self.buffers is not None:
             self.buffers.broadcast(0 if leads else self._first(weight))
@@ -195,6 +202,16 @@ class Gradients:
         clock.step(self.steps)
         self.steps += 1
         return total
+
+    def _begin_noise(self, weight: float, total: float, *, averaged: bool) -> None:
+        """Take the squares of this rank's gradients, or of the means where these are there."""
+        self.noise.samples = total
+        if averaged and self.noise.due:
+            for i, grad in enumerate(self._arrays):
+                owned = self.strategy.owned(grad.size)
+                self.noise.mean(i, grad[owned], owned.start)
+        elif not averaged and not self.noise.by_pass:
+            self.noise.take(weight, self._arrays)
 
     def start_microbatches(self) -> None:
         """Let backward passes leave gradients to `add_microbatch`, for the next average."""
@@ -301,3 +318,9 @@ class Source:
 def dense(gradient: Any) -> Any:
     """Return a gradient with all its zeros."""
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def computing() -> None:
+    """Let time count for computation; not in what torch.compile traces."""
+    if not torch.compiler.is_compiling():
+        clock.switch(clock.COMPUTE)

@@ -50,7 +50,7 @@ class Loop:
         self._world, self._gradients = world, gradients
         means = BufferMean(lambda: _floats(module), choice.strategy)
         self._others = Buffers(module, world, counts=lambda b: b.dtype not in MEANS)
-        self.sums = Microbatches(number, world, buckets, choice.partials, means)
+        self.sums = Microbatches(number, world, buckets, choice.partials, means, gradients.noise)
         gradients.microbatches = self.sums
 
     def restart(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpidl import clock
 from mpidl.errors import InvalidArgument
 from mpidl.refuse import told, whole
 from mpidl.torch.adasum import AdasumSteps
@@ -128,7 +129,13 @@ class _Averaged:
         Those that no backward has computed here take part as zeros. Raises on every rank
         HorovodInternalError where gradients differ in shape or dtype between ranks.
         """
-        self._averages.finish(self.__dict__["param_groups"])
+        clock.switch(clock.REDUCE)
+        try:
+            self._averages.finish(self.__dict__["param_groups"])
+        finally:
+            clock.switch(clock.COMPUTE)  # what follows, unless it says otherwise
+        clock.step(self._averages.steps)
+        self._averages.steps += 1
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -152,7 +159,9 @@ class _Averaged:
         else:
             if not averages.done:
                 self.synchronize()
+            before = clock.switch(clock.UPDATE)
             found = super().step(**options)  # type: ignore[misc]
+            clock.switch(before)
         averages.done = False
         return found
 

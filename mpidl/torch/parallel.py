@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from mpidl import bucket, clock, codecs, strategies
+from mpidl import bucket, codecs, strategies
 from mpidl.arguments import check_averaging
 from mpidl.errors import InvalidArgument
+from mpidl.noise import NoiseScale
 from mpidl.overlap import Overlap, for_thread, made_for_thread
 from mpidl.refuse import told
 from mpidl.torch import arguments, linear, places
 from mpidl.torch.buffers import Buffers
-from mpidl.torch.gradients import Gradients
+from mpidl.torch.gradients import Gradients, computing
 from mpidl.torch.microbatches import Loop
 from mpidl.torch.owned import OwnedSteps, groups_of, in_parts, steps_by_element
 from mpidl.world import World, current
@@ -65,6 +66,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         bucket_bytes: about how large a bucket is. "auto": the size that is found the best.
         microbatches: cut each global batch in this many parts, and compute gradient by gradient,
             for the same bits on any number of ranks: see `split`. On the CPU.
+        noise_every: in every so many averages, estimate the gradient `noise` scale; 0 for never.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         overlap: bool | str = "auto",
         bucket_bytes: int | str = "auto",
         microbatches: int | None = None,
+        noise_every: int = 20,
     ) -> None:
         super().__init__()
         self.module, self.optimizer = module, optimizer
@@ -94,6 +97,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             overlap=overlap,
             bucket_bytes=bucket_bytes,
             microbatches=microbatches,
+            noise_every=noise_every,
         )
         self._register_load_state_dict_pre_hook(places.add_prefix)
         self.enter(world or current())
@@ -126,19 +130,18 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         by_element = steps_by_element(optimizer) if asked.by_element is None else asked.by_element
         owns = optimizer is not None and by_element and not half  # parts of parameters, if any
         world.same(
-            f"bucket_bytes={asked.bucket_bytes!r}, overlap={asked.overlap!r}, "
-            f"batch_dim={self._batch_dim}, broadcast_buffers={asked.broadcast_buffers}, {owns=}, "
-            f"optimizer={type(optimizer).__name__}",
+            f"bucket_bytes={asked.bucket_bytes!r}, overlap={asked.overlap!r}, {owns=}, "
+            f"batch_dim={self._batch_dim}, broadcast_buffers={asked.broadcast_buffers}, "
+            f"noise_every={asked.noise_every}, optimizer={type(optimizer).__name__}",
             "DataParallel",
         )
         places.check_gpus(world, trained)
         size = places.size_bytes(trained)
         on_device = any(p.is_cuda for p in trained.values())
-        taken = not made_for_thread(asked.strategy)
         beside = for_thread(
             world,
             asked.overlap,
-            ("a strategy that was made for this thread", taken),
+            ("a strategy that was made for this thread", not made_for_thread(asked.strategy)),
             ("a module on the GPU", on_device),
             ("microbatches", asked.microbatches is not None),
         )
@@ -149,6 +152,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
             codec=asked.codec,
             microbatches=asked.microbatches,
             on_device=on_device,
+            measured=False,  # torch has streams of its own: only "allreduce" waits for them
         )
         self.strategy = self.choice.strategy
         undo.callback(self.strategy.close)
@@ -164,7 +168,11 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         else:
             places.broadcast(list(trained.values()), world)
         places.broadcast([*frozen.values(), *module.buffers()], world)
-        self._gradients = Gradients(world, self.strategy, self.buckets, self._places, frozen)
+        passes = asked.microbatches is not None
+        self.noise = NoiseScale(asked.noise_every, self, self.buckets, by_pass=passes)
+        self._gradients = Gradients(
+            world, self.strategy, self.buckets, self._places, frozen, self.noise
+        )
         self._end = weakref.finalize(self, self._gradients.close)
         self._end.atexit = False
         undo.callback(self._end)
@@ -198,6 +206,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
                 group_bytes=None if asked.bucket_bytes == "auto" else at_once,
                 asked=asked.overlap is True,
                 keeps=True,
+                noise=self.noise,
             )
 
     def leave(self) -> None:
@@ -213,11 +222,11 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. Not collective."""
-        clock.switch(clock.COMPUTE)
+        computing()
         result = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._gradients.forget_task()
-            self._gradients.count(self._samples((args, kwargs)))
+            self._gradients.count(arguments.rows((args, kwargs), self._batch_dim))
             for output in pytree.tree_leaves(result):
                 if torch.is_tensor(output) and output.requires_grad:
                     output.register_hook(self._gradients.begin)
@@ -253,8 +262,7 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         """Let ranks come to the end of this context after different numbers of steps. Collective.
 
         A rank that is there takes part in the steps of the others, without samples. `update` is
-        what follows each backward, by default `optimizer.step`: pass what also clips, or sets the
-        rate, if you do.
+        what follows each backward, by default `optimizer.step`: what also clips, or sets the rate.
         """
         if update is not None and not callable(update):
             raise InvalidArgument(f"join({told(update)}): expected a function, or None")
@@ -339,12 +347,3 @@ class DataParallel(torch.nn.Module):  # type: ignore[misc]
         if self._owned is not None:
             self._owned.close()
         self.leave()
-
-    def _samples(self, inputs: Any) -> float:
-        """Return the rows of the first tensor among `inputs`; 1 where samples do not count."""
-        if self._batch_dim is None:
-            return 1.0
-        for value in pytree.tree_leaves(inputs):
-            if torch.is_tensor(value) and value.ndim > self._batch_dim:
-                return float(value.shape[self._batch_dim])
-        return 1.0

@@ -17,7 +17,7 @@ PACKAGES = {
     "data": ("mpidl.data",),
     "training": (
         "mpidl", "mpidl.checkpoint", "mpidl.signals", "mpidl.strategies", "mpidl.testing",
-        "mpidl.onnx",
+        "mpidl.onnx", "mpidl.trace",
     ),
 }  # fmt: skip
 
@@ -37,6 +37,7 @@ RETURNED = {
 #: What users do not call, or make themselves: who calls it hands over what it has checked.
 #: Patterns of names, and why.
 INTERNAL = {
+    "autograd.picture:Picture": "made by draw",
     "autograd.transforms:Record": "made by trace",
     "autograd.variable:Variable.bind": "called by buckets",
     "autograd.variable:Variable.receive": "called by the walk back",
@@ -50,6 +51,8 @@ INTERNAL = {
     "data.scale:ScaledDataset": "made by Scaler.apply",
     "data.scale:Scaler.fit": "abstract",
     "data.text:TextDataset": "made by text",
+    "history:Epoch": "made by fit",
+    "history:History": "made by fit",
     "nn.module:Module.forward": "for subclasses to write",
     "nn.random:check_state": "tells what is wrong by Python's own errors, as it says",
     "nn.random:generator": "takes a module of arrays",
@@ -59,12 +62,12 @@ INTERNAL = {
     "plan.model:Times": "made by times",
     "strategies.*:*.*": "called by DataParallel, with buckets",
     "strategies:Choice*": "made by make",
+    "strategies:takes_half": "called by DataParallel, where errors are told on all ranks",
     "strategies.base:in_turn": "for strategies",
     "strategies.base:publish_in_turn": "for strategies",
     "strategies.*:*": "takes a world; options are fuzzed where there are any",
     "testing.*:*.act": "called by inject",
     "testing.*:*.after": "as act",
-    "history:Epoch": "made by fit",
     "world:World*": "for strategies, which pass what they have checked",
 }
 

@@ -1,4 +1,8 @@
-"""The bodies of tests/ranks on CuPy arrays: pytest -m gpu, on a machine with an NVIDIA GPU."""
+"""The bodies of tests/ranks on CuPy arrays: pytest -m gpu, on a machine with an NVIDIA GPU.
+
+Besides, by hand: check_kernels.py compiles the kernels, build_openmpi.sh makes an MPI that takes
+GPU memory, and docs/gpu.md names the commands that give the figures.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +43,40 @@ def test_in_ranks(mpi: str, ranks: int, tmp_path: Path) -> None:
         pytest.fail(str(result), pytrace=False)
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "ring", "parameter_server", "sharded"])
+@pytest.mark.parametrize(
+    "strategy", ["allreduce", "ring", "parameter_server", "sharded", "hierarchical", "auto"]
+)
 def test_digits(mpi: str, strategy: str) -> None:
     options = ("--device", "cuda", "--strategy", strategy, "--epochs", "12")
     result = job.run(mpi, 2, "examples/digits_mlp.py", *options)
     assert result.status == 0, result
     accuracy = float(result.output.split("test accuracy")[1].split("%")[0])
     assert accuracy > 95
+
+
+def test_kernels_on_two_ranks_of_one_gpu_have_numpys_bits(mpi: str, tmp_path: Path) -> None:
+    bodies = ("on_device", "precision")
+    one = {"CUDA_VISIBLE_DEVICES": "0", "MPIDL_OVERSUBSCRIBE": "1"}
+    for ranks in (2, 4):
+        result = run_bodies(mpi, ranks, "cuda", tmp_path, bodies, **one)
+        assert result.status == 0, result
+
+
+def test_whether_mpi_takes_gpu_memory_is_found_out() -> None:
+    mpi = next(name for name, path in MPI_LIBRARIES.items() if path.exists())
+    found = json.loads(job.execute(mpi, "mpidl", "doctor", "--json").output)["facts"]["cuda_aware"]
+    assert found.startswith(("yes (a trial sent", "no (")) and "no GPU" not in found
+
+
+@pytest.mark.parametrize("bench", ["allreduce", "step"])
+def test_benchmarks(bench: str) -> None:
+    mpi = next(name for name, path in MPI_LIBRARIES.items() if path.exists())
+    more = ("--sizes", "1MiB") if bench == "allreduce" else ("--models", "cnn")
+    line = ("mpidl", "bench", bench, "-n", "2", *more, "--turns", "2", "--device", "cuda", "--json")
+    result = job.execute(mpi, *line)
+    assert result.status == 0, result
+    methods = {row["method"] for row in json.loads(result.output)["rows"]}
+    assert {"hierarchical", "allreduce"} <= methods, result
 
 
 def test_doctor_names_the_gpu() -> None:

@@ -68,6 +68,9 @@ def test_runs_in_an_allocation(cluster: Cluster) -> None:
     (text,) = alone(cluster, "openmpi", "pmi2")
     assert text.startswith("LauncherMismatch: srun started 2 ranks (PMI_SIZE=2), but each ")
     assert "loaded (Open MPI v" in text and "Start them with srun --mpi=pmix, or use " in text
+    step = ("srun", "--mpi=pmi2", "-N2", "-n2", "python", "alone.py")
+    for mpi in ("openmpi", *["mpich"] * MPI_LIBRARIES["mpich"].exists()):
+        assert cluster.does(*step, mpi=mpi, MPIDL_ALONE="1") == "trained 1\n" * 2
     if pmix():
         assert where(cluster, "openmpi", *by_srun) == THREE
     if MPI_LIBRARIES["mpich"].exists():

@@ -39,7 +39,8 @@ def test_json(mpi: str) -> None:
     assert facts["numpy"] == importlib.metadata.version("numpy"), found
     assert facts["mpi4py"] == importlib.metadata.version("mpi4py"), found
     assert facts["python"] == f"{platform.python_version()} ({sys.executable})", found
-    assert facts["cuda_aware"] in ("yes", "no", "unknown"), found
+    assert facts["cuda_aware"].startswith("no (no GPU: "), found
+    assert facts["says_cuda_aware"] in ("yes", "no", "nothing"), found
 
 
 def test_what_the_environment_says_is_told() -> None:
@@ -47,7 +48,7 @@ def test_what_the_environment_says_is_told() -> None:
         "facts"
     ]
     assert (facts["omp_num_threads"], facts["inside"]) == ("5", ["SLURM_JOB_ID"])
-    assert facts["cuda_aware"] == "yes"
+    assert facts["cuda_aware"] == "yes (MPIDL_CUDA_AWARE=yes)"
 
 
 def test_it_fits_one_screen(mpi: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mpidl import __version__
 from mpidl.strategies import RULES, STRATEGIES, own
-from tests import job
+from tests import examples_page, job
 from tests.jobs.test_failures import TRACEBACK, only_mpich
 
 OWN = list(own())
@@ -56,6 +56,7 @@ class Runs:
             options = ("--epochs", EPOCHS, "--batch-size", BATCH, "--seed", SEED)
             result = job.run(mpi, ranks, script, str(folder), DIGITS, *map(str, options))
             assert result.status == 0, result
+            examples_page.check("digits_mlp.py", result.output)
             self.outputs[mpi, ranks] = result.output
         out = folder / "new" / strategy
         return out, job.epochs(out)
@@ -86,7 +87,7 @@ def test_digits_learn_alike(mpi: str, ranks: int, strategy: str, runs: Runs) -> 
 
     accuracy = epochs[-1]["metrics"]["accuracy"]
     told = f"test accuracy  {accuracy:.2%} on 359 digits never trained on"
-    told_by_rank_0 = runs.outputs[mpi, ranks].split("strategy       ")
+    told_by_rank_0 = runs.outputs[mpi, ranks].split("strategy       ")[1:]
     assert [told in text for text in told_by_rank_0][OWN.index(strategy)]
     assert "".join(told_by_rank_0).count("test accuracy") == len(OWN)  # and by no other
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import job
+from tests import examples_page, job
 
 EXAMPLES = [
     ("jax_digits", "jax", ""),
@@ -24,5 +24,6 @@ def test_digits_are_read(name: str, framework: str, backend: str, tmp_path: Path
     line = ("openmpi", 2, f"examples/{name}.py")
     result = job.run(*line, timeout=120, KERAS_HOME=str(tmp_path), **settings)
     assert result.status == 0, result
+    examples_page.check(f"{name}.py", result.output)
     accuracy = float(result.output.split("test accuracy")[1].split("%")[0])
     assert accuracy > 95, result

@@ -15,7 +15,7 @@ import pytest
 from mpidl import data
 from mpidl.cli import copy as copying
 from mpidl.strategies import own
-from tests import job
+from tests import examples_page, job
 from tests.conftest import SEED
 from tests.jobs.test_failures import only_mpich
 
@@ -49,6 +49,7 @@ EXAMPLES = {
     "char_transformer": Example(("--epochs", "20", "--batch-size", "16"), last=1e-3),
 }
 LONG = ("digits_gan", "char_transformer")
+ONE_OR_TWO = [pytest.param(1, marks=pytest.mark.soak), 2]  # for the long ones
 ACCURACY = {"logistic_regression": 0.96, "mixed_rates": 0.97, "digits_cnn": 0.98}
 
 # Runs every example once for each strategy, in one job: to start one takes the longest.
@@ -103,6 +104,7 @@ class Runs:
             assert result.status == 0, result
             told = re.findall(r"^strategy +(\w+)$", result.output, re.MULTILINE)
             assert len(told) == 1, result  # by rank 0
+            examples_page.check(f"{name}.py", result.output)
             assert told[0] in ("allreduce", "hierarchical" if ranks > 1 else ""), result
             told = re.findall(r"^(\S+(?: \S+)*)  +(.*)$", result.output, re.MULTILINE)
             self.done[key] = Run(dict(told), job.epochs(out), out)
@@ -182,7 +184,7 @@ def test_the_rate_is_cyclical(ranks: int, runs: Runs) -> None:
         assert len(rate[2]) == pytest.approx(1 + 100 * height, abs=0.6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", ONE_OR_TWO)
 def test_drawn_digits_are_read(ranks: int, runs: Runs) -> None:
     run = runs.of("digits_gan", "openmpi", ranks)
     assert number(run.told["drawn digits"]) >= 0.5  # of pictures of nothing: 0.001
@@ -198,7 +200,7 @@ def test_drawn_digits_are_read(ranks: int, runs: Runs) -> None:
     assert nearest.mean() < 3.3  # of test digits: 1.2; of drawn ones put together wrongly: 4.7
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", ONE_OR_TWO)
 def test_the_transformer_learns_the_words(ranks: int, runs: Runs) -> None:
     run = runs.of("char_transformer", "openmpi", ranks)
     bits, alone = map(float, re.findall(r"[\d.]+", run.told["test loss"]))
@@ -207,7 +209,8 @@ def test_the_transformer_learns_the_words(ranks: int, runs: Runs) -> None:
     shares = {c: text[:cut].count(c) / cut for c in set(text)}
     wanted = -sum(math.log2(shares[c]) for c in text[cut:]) / (len(text) - cut)
     assert alone == pytest.approx(wanted, abs=0.02)
-    assert 0.95 * BITS <= bits <= 1.5  # less than BITS only who sees what comes next
+    # 0.93 with a deviation of 0.02 from text to text; less than BITS only who sees what comes next
+    assert 0.95 * BITS <= bits <= 1.5
     assert bits == pytest.approx(run.epochs[-1]["metrics"]["loss"] / math.log(2), abs=0.006)
     written = run.told["writes"].split()[1:-1]
     # by chance one in a thousand is a word; how many are depends on the words that were drawn

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import job
+from tests import examples_page, job
 from tests.conftest import SEED
 
 pytest.importorskip("torch", reason="needs PyTorch: pip install 'mpidl[torch]'")
@@ -143,6 +143,13 @@ def number(told: str, label: str) -> float:
 
 def losses(told: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^epoch .*loss ([\d.]+)$", told, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["digits", "gan", "synthetic", "transformer"])
+def test_each_ends_as_the_page_says(name: str, ranks: int, jobs: Jobs) -> None:
+    told = jobs.told[ranks][name].split("width 64 ")[0]  # of `ALL`
+    examples_page.check(f"pytorch/{name}.py", told)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -10,7 +10,7 @@ import pytest
 
 from mpidl.array import device_namespace
 from mpidl.errors import DeviceNotFound
-from tests import job
+from tests import examples_page, job
 
 FOLDER = job.ROOT / "examples/frameworks"
 EXAMPLES = {
@@ -20,7 +20,7 @@ EXAMPLES = {
     "mxnet": ("mxnet",),
     "paddle": ("paddle",),
 }
-LINE = re.compile(r"rank (\d): ([\d.]+)%, ([\d.]+)")
+LINE = re.compile(r"rank (\d): test accuracy ([\d.]+)%, sum of scores ([\d.]+)")
 
 
 def run(name: str, ranks: int, epochs: int) -> tuple[float, float]:
@@ -29,6 +29,7 @@ def run(name: str, ranks: int, epochs: int) -> tuple[float, float]:
     line = (f"{FOLDER}/{framework}_digits.py", "--epochs", str(epochs), *options)
     result = job.run("openmpi", ranks, *line, timeout=120)
     assert result.status == 0, result
+    examples_page.check("frameworks/cupy_digits.py", result.output)  # it stands for all
     told = {
         int(rank): (float(right), float(size)) for rank, right, size in LINE.findall(result.output)
     }

@@ -58,7 +58,7 @@ def test_a_script_that_says_nothing_goes_on_in_the_folder_of_its_job(tmp_path: P
     assert through.status == 0, through
     stopped = job.run("openmpi", 2, script, "14", MPIDL_OUT=str(run))
     assert stopped.status == 75, stopped
-    assert files(run) == {*WRITTEN, "checkpoints"}
+    assert files(run) == {*WRITTEN, "checkpoints", "again"}
     found = state(run)
     # stopped in the second epoch of 10 batches, of which two make a step
     assert (found["state"], found["epoch"], found["epochs"]) == ("stopped", 2, 3)
@@ -82,6 +82,7 @@ def test_what_a_script_says_counts(tmp_path: Path) -> None:
     assert done.status == 0, done
     assert files(tmp_path / "out") == {*WRITTEN, "summary.json"}
     assert any(name.startswith("step-") for name in files(tmp_path / "kept"))
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700  # for nobody else
     assert files(tmp_path / "run") == {"trainer-2"}
 
 

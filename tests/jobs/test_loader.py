@@ -13,7 +13,7 @@ import pytest
 from tests import job
 from tests.jobs.test_interrupt import kill_what_is_left, running
 
-SECONDS = 10.0  # until nothing is left; a worker takes far less, but the machine may be busy
+SECONDS = 60.0  # until nothing is left; a worker takes far less, but the machine may be busy
 WORKERS = 2
 
 # No `if __name__ == "__main__"`, and all that a transform may use from its script.
@@ -113,12 +113,12 @@ pathlib.Path(f"{os.getpid()}.rank").touch()
 for _ in loader:
     time.sleep(0.01)
 """
-WAITS = {"asleep": "time.sleep(60)", "at_work": "while True: pass", "quick": "pass"}
+WAITS = {"asleep": "time.sleep(300)", "at_work": "while True: pass", "quick": "pass"}
 
 
 def wait_for_files(folder: Path, kind: str, count: int) -> list[int]:
     """Return the processes that left a file."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + SECONDS
     while len(files := list(folder.glob(f"*.{kind}"))) < count:
         assert time.monotonic() < end, f"no {count} files *.{kind}"
         time.sleep(0.02)

@@ -16,15 +16,16 @@ import pytest
 import mpidl
 from mpidl import strategies
 from mpidl.array import device_namespace
-from tests import stand_in
+from tests import stand_in, stand_in_cuda
 from tests.conftest import SEED
 
 DEVICE = os.environ["MPIDL_TEST_DEVICE"]
+KERNELS = DEVICE == "cuda" or stand_in_cuda.COMPILER is not None
 #: Those that work on the device under test.
 STRATEGIES = {
-    name: kind
+    name: kind if DEVICE == "cpu" else strategies.ON_DEVICE.get(name, kind)
     for name, kind in strategies.own().items()
-    if DEVICE == "cpu" or name != "hierarchical"  # it shares host memory
+    if DEVICE == "cpu" or name != "hierarchical" or KERNELS
 }
 if DEVICE == "stand-in":
     stand_in.install()

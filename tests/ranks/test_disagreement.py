@@ -105,7 +105,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[Path], dict[str, Any]]]] = 
         lambda _: {"model": nn.Linear(3, 2), "optimizer": optim.SGD(0.1), "strategy": "sharded",
                    "clip_norm": 1.0, "clip_value": 1.0, "accumulate": 1, "local_steps": 1,
                    "microbatches": None, "codec": None, "overlap": False, "audit_every": 10,
-                   "bucket_bytes": 1 << 20},
+                   "noise_every": 10, "bucket_bytes": 1 << 20},
     ),
     "evaluate": (evaluate, lambda _: {"dataset": dataset(), "batch_size": 4}),
     "fit": (

@@ -184,7 +184,7 @@ def test_arrays_it_cannot_take(world: mpidl.World) -> None:
     for use in (other.reduce, other.average):
         with pytest.raises(InvalidArgument, match="expected a gradient that it allocated"):
             list(use(grad, 1 / world.size))
-    with pytest.raises(InvalidArgument, match='on the GPU: use "allreduce", or "auto"'):
+    with pytest.raises(InvalidArgument, match='on the GPU: use the name "hierarchical"'):
         strategy.allocate(100, np.dtype("float32"), types.ModuleType("cupy"))
 
 

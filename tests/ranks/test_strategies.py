@@ -204,7 +204,7 @@ def test_number_of_servers_is_checked(world: mpidl.World) -> None:
 
 def test_unknown_name_is_raised_on_every_rank(world: mpidl.World) -> None:
     wrong = "smoke signals" if world.rank == world.size - 1 else "ring"
-    known = "allreduce, auto, hierarchical, horovod, parameter_server, ring, sharded"
+    known = "allreduce, auto, hierarchical, horovod, nccl, parameter_server, ring, sharded"
     with pytest.raises(UnknownStrategy, match=f"smoke signals.*{known}"):
         make(wrong, world)
 

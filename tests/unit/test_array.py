@@ -107,6 +107,25 @@ def test_cupy_without_a_gpu(outcome, message: str, monkeypatch: pytest.MonkeyPat
         array.device_namespace("cuda")
 
 
+@pytest.mark.parametrize(
+    ("driver", "message"),
+    [
+        (0, "CuPy was built for CUDA 13.2, and no NVIDIA driver is loaded; use device 'cpu'"),
+        (12040, r"the driver is for 12.4: update the driver, or pip install 'mpidl\[cuda12\]'"),
+    ],
+)
+def test_a_driver_too_old_for_cupy(
+    driver: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("cudaErrorInsufficientDriver")
+    error.status = 35  # type: ignore[attr-defined]
+    cupy = Runtime(error)
+    cupy.driverGetVersion, cupy.runtimeGetVersion = lambda: driver, lambda: 13020  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(DeviceNotFound, match=message):
+        array.device_namespace("cuda")
+
+
 @pytest.fixture
 def _first_rank() -> Iterator[None]:
     yield

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mpidl import config
+from mpidl import config, launched
 from mpidl.errors import InvalidArgument
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -80,7 +80,7 @@ def test_the_size_a_launcher_tells(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert config.launched_size() == expected
+    assert launched.size() == expected
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_rank_a_launcher_tells(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert config.launched_rank() == rank
+    assert launched.rank() == rank
 
 
 @pytest.mark.parametrize(("value", "width"), [("132", 132), ("", None), ("wide", None)])
@@ -118,7 +118,7 @@ def test_the_width_of_the_terminal(
 def test_launched(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if name:
         monkeypatch.setenv(name, "0")
-    assert config.launched() is (name is not None)
+    assert launched.found() is (name is not None)
 
 
 def test_a_setting_is_for_its_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,3 +140,33 @@ def test_the_folder_of_a_job(
     if value is not None:
         monkeypatch.setenv("MPIDL_OUT", value)
     assert config.out() == folder
+
+
+@pytest.mark.parametrize(
+    ("environment", "user", "allocated"),
+    [
+        ({"OMP_NUM_THREADS": "8"}, 8, None),
+        ({"OMP_NUM_THREADS": "8", "NCPUS": "8"}, 8, None),  # not in a job of PBS
+        ({"PBS_JOBID": "1", "OMP_NUM_THREADS": "8", "NCPUS": "8"}, None, 8),
+        ({"PBS_JOBID": "1", "OMP_NUM_THREADS": "2", "NCPUS": "8"}, 2, None),
+        ({"PBS_JOBID": "1", "NCPUS": "8"}, None, None),
+        (
+            {"PBS_JOBID": "1", "OMP_NUM_THREADS": "8", "NCPUS": "8", "MKL_NUM_THREADS": "3"},
+            3,
+            8,
+        ),
+        ({"SLURM_CPUS_PER_TASK": "4"}, None, 4),
+    ],
+)
+def test_threads_that_pbs_has_set_are_not_the_user_s(
+    environment: dict[str, str],
+    user: int | None,
+    allocated: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    for name in (*of_threads, "NCPUS", "PBS_JOBID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (config.threads(), config.allocated_cores()) == (user, allocated)

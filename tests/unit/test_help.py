@@ -15,9 +15,12 @@ from mpidl.cli.app import app
 
 COMMANDS = [
     (*parents, str(name))
-    for parents, group in (((), app), (("bench",), app.registered_groups[0].typer_instance))
+    for parents, group in (
+        ((), app),
+        *(((group.name,), group.typer_instance) for group in app.registered_groups),
+    )
     for name in typer.main.get_command(group).commands  # type: ignore[union-attr,arg-type,attr-defined]
-    if (*parents, name) != ("bench",)
+    if (*parents, name) not in [(group.name,) for group in app.registered_groups]
 ]
 
 

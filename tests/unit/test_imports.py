@@ -23,7 +23,9 @@ LEVELS = {
     "cores": 0,
     "config": 0,
     "errors": 0,
+    "launched": 0,
     "exact": 0,
+    "markup": 0,
     "refuse": 0,
     "abort": 1,
     "autograd": 1,
@@ -34,11 +36,15 @@ LEVELS = {
     "making": 1,
     "marks": 1,
     "mpi": 1,
+    "cuda_aware": 1,
+    "cuda_probe": 1,
+    "peers": 1,
     "shared": 1,
     "tree": 1,
     "signals": 1,
     "spawned": 1,
     "supervised": 1,
+    "trace": 1,
     "watchdog": 1,
     "unsent": 1,
     "world": 1,
@@ -56,7 +62,9 @@ LEVELS = {
     "foreign": 3,
     "lowrank": 3,
     "node_sums": 3,
+    "fused": 3,
     "packed": 3,
+    "precision": 4,
     "publisher": 3,
     "reducer": 3,
     "scatter_gather": 3,
@@ -75,6 +83,7 @@ LEVELS = {
     "evaluation": 4,
     "weigh": 4,
     "microbatches": 4,
+    "noise": 3,
     "arguments": 4,
     "audit": 4,
     "asynchronous": 4,
@@ -91,6 +100,8 @@ LEVELS = {
     "report": 4,
     "server": 4,
     "run_folder": 4,
+    "tensorboard": 4,
+    "tensorboard_graph": 4,
     "trainer": 4,
     "update": 4,
     "survivable": 4,
@@ -193,7 +204,7 @@ def python(code: str) -> str:
 @pytest.mark.parametrize("module", ["mpidl", "mpidl.cli"])
 def test_importing_starts_no_mpi_and_loads_no_framework(module: str) -> None:
     heavy = ["mpi4py", "torch", "jax", "keras", "cupy", "rich", "typer", "sklearn", "scipy", "h5py"]
-    heavy += ["matplotlib", "jinja2"]
+    heavy += ["jinja2", "matplotlib", "tensorboardX"]
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     assert python(code).strip() == "[]"
 

@@ -14,13 +14,15 @@ import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SLURM = sorted(LAUNCH.glob("*.sbatch"))
+TEMPLATES = [*SLURM, *(LAUNCH / name for name in ("pbs.sh", "lsf.sh", "flux.sh"))]
 # Starts the ranks: says what it got, and ends as ranks do that have written a checkpoint.
 RANKS = """#!/bin/bash
-trap 'echo stopped >> "$LOG"; sleep 0.2; exit 75' USR1
+trap 'echo stopped >> "$LOG"; sleep 0.2; touch "$MPIDL_OUT/again"; exit 75' USR1
 touch "$LOG.started"
 for i in {1..100}; do sleep 0.05; done
 """
 ENDS = "#!/bin/bash\ntouch $LOG.started; exit "
+AGAIN = ENDS.replace("exit", "touch $MPIDL_OUT/again; exit")  # as mpidl.signals.leave does it
 COMMANDS = {
     "scontrol": 'echo "scontrol $@" >> "$LOG"',
     "qsub": 'echo "qsub $@" >> "$LOG"; cat > "$LOG.again"; echo 18.server',
@@ -39,7 +41,8 @@ CASES = [
     (ENDS + "0", 0, 0, []),
     (ENDS + "3", 0, 3, []),
     (ENDS + "74", 0, 74, []),
-    (ENDS + "75", 0, 75, []),
+    (AGAIN + "75", 0, 75, []),
+    (ENDS + "75", 0, 1, []),  # of the launcher itself
 ]
 
 
@@ -106,7 +109,9 @@ def test_lsf_queues_it_again_for_its_status(
     assert "#BSUB -Q 75" in (LAUNCH / "lsf.sh").read_text().splitlines()
     process = start(LAUNCH / "lsf.sh", "lsf", ranks, tmp_path, LSB_JOBINDEX="0")
     assert finish(process, tmp_path, signals) == (status, log)
-    assert (tmp_path / "runs/17/job.log").read_text() == "4 ranks: a:2,b:2\n"
+    told = (tmp_path / "runs/17/job.log").read_text().splitlines()
+    assert told[0] == "4 ranks: a:2,b:2"
+    assert len(told) == 1 + (ranks == ENDS + "75")
 
 
 @pytest.mark.parametrize(("index", "more"), [(None, ""), ("4", ",MPIDL_INDEX=4")])
@@ -138,7 +143,7 @@ def test_pbs_sends_the_signal_itself_and_submits_again(
 
 @pytest.mark.parametrize("status", [75, 3, 0])
 def test_flux_sends_the_signal_and_it_is_submitted_again(status: int, tmp_path: Path) -> None:
-    process = start(LAUNCH / "flux.sh", "flux", f"{ENDS}{status}", tmp_path)
+    process = start(LAUNCH / "flux.sh", "flux", f"{AGAIN}{status}", tmp_path)
     code, (ran, *again) = finish(process, tmp_path)
     assert code == status
     assert ran.startswith("flux run --nodes=2 --ntasks=4 --cores-per-task=1 --time-limit=3570s ")
@@ -184,16 +189,26 @@ def test_what_is_no_rank_is_not_computed_with(rank: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("before", [98, 99])
-@pytest.mark.parametrize(
-    "name", ["slurm_cpu.sbatch", "slurm_gpu.sbatch", "pbs.sh", "lsf.sh", "flux.sh"]
-)
-def test_a_run_that_comes_to_no_end_is_given_up(name: str, before: int, tmp_path: Path) -> None:
-    system = name.split(".")[0].split("_")[0]
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_a_run_that_comes_to_no_end_is_given_up(path: Path, before: int, tmp_path: Path) -> None:
+    system = path.name.split(".")[0].split("_")[0]
     run = tmp_path / ("runs/f17" if system == "flux" else "runs/17")
     run.mkdir(parents=True)
     (tmp_path / "launch").symlink_to(LAUNCH)
     (run / "jobs.log").write_text("2026-01-02T03:04:05Z started 1\n" * before)
-    status, log = finish(start(LAUNCH / name, system, ENDS + "75", tmp_path), tmp_path)
+    status, log = finish(start(path, system, AGAIN + "75", tmp_path), tmp_path)
     assert status == (75 if before == 98 else 1)
     again = [line for line in log if not line.startswith("flux run")]
     assert len(again) == (before == 98 and system != "lsf")
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_a_status_of_the_launcher_itself_queues_nothing(path: Path, tmp_path: Path) -> None:
+    """Nor does the word that ranks have left when they were started before."""
+    system = path.name.split(".")[0].split("_")[0]
+    run = tmp_path / ("runs/f17" if system == "flux" else "runs/17")
+    run.mkdir(parents=True)
+    (run / "again").touch()
+    status, log = finish(start(path, system, ENDS + "75", tmp_path), tmp_path)
+    assert status == 1
+    assert [line for line in log if not line.startswith("flux run")] == []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpidl import mpi
+from mpidl import config, launched, mpi
 from mpidl.errors import InvalidArgument, LauncherMismatch
 
 VERSIONS = {  # what MPI_Get_library_version says, and the vendor
@@ -205,19 +205,6 @@ def test_rank_0_tells_what_srun_has(
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
-@pytest.mark.parametrize("value", ["yes", "no"])
-def test_the_user_overrules_the_library(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPIDL_CUDA_AWARE", value)
-    monkeypatch.setattr(mpi, "load", lambda: pytest.fail("the library was asked"))
-    assert mpi.cuda_aware() == value
-
-
-def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPIDL_CUDA_AWARE", "maybe")
-    with pytest.raises(InvalidArgument, match="expected one of auto, yes, no"):
-        mpi.cuda_aware()
-
-
 @pytest.mark.parametrize(
     ("library", "expected"),
     [
@@ -230,4 +217,46 @@ def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_library_is_asked(library, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpi, "load", lambda: SimpleNamespace(__file__="/opt/MPI.so"))
     monkeypatch.setattr(mpi.ctypes, "CDLL", {"/opt/MPI.so": library}.__getitem__)
-    assert mpi.cuda_aware() == expected
+    assert mpi.says_cuda_aware() == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [(SRUN, "3"), (SRUN | PMI2, "3"), (SRUN | PMIX, "3"), ({"OMPI_COMM_WORLD_RANK": "5"}, "5")],
+)
+@pytest.mark.parametrize("version", [OPEN_MPI, MPICH, WITHOUT_PMIX])
+def test_each_trains_alone_where_that_is_wanted(
+    environment: dict[str, str], number: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MPI finds no launcher then, and each has a folder of its own in that of the job."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launched, "_number", None)
+    monkeypatch.setenv("MPIDL_OUT", "/runs/sweep")
+    assert config.out() == "/runs/sweep"
+    monkeypatch.setenv("MPIDL_ALONE", "1")
+    stand_in = MPI(1, version)
+    mpi.start(stand_in)
+    mpi.start(stand_in)
+    assert stand_in.started == 1
+    left = [name for name in environment if name in os.environ]
+    assert all(name.startswith("SLURM_") for name in left)
+    assert config.out() == f"/runs/sweep/{number}"
+    assert not launched.found()
+
+
+def test_who_is_not_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launched, "_number", None)
+    monkeypatch.setenv("MPIDL_ALONE", "1")
+    with pytest.raises(InvalidArgument, match=r"^MPIDL_ALONE=1, but Open MPI v5\.0\.11 has .* 4 "):
+        mpi.start(MPI(4, OPEN_MPI))
+    monkeypatch.setenv("MPIDL_ALONE", "yes")
+    with pytest.raises(InvalidArgument, match="MPIDL_ALONE='yes': expected one of 0, 1"):
+        mpi.start(MPI(1, OPEN_MPI))
+
+
+def test_the_error_names_the_way_to_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LauncherMismatch, match=r"If each is to train by itself, set MPIDL_ALONE=1"):
+        mpi.start(MPI(1, MPICH))

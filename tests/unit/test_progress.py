@@ -24,11 +24,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return made
 
 
-def step(shown: progress.Progress, meter: Meter, samples: int) -> None:
-    meter.step(samples)
-    shown.step()
-
-
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MPIDL_TERMINAL", raising=False)
@@ -42,7 +37,7 @@ def test_a_log_file_gets_a_line_every_few_seconds(
     with progress.make(meter, shown=True) as shown:
         for clock.now in (102.0, 104.0, 106.0, 108.0):  # of these, 106 is the first past 5 s
             losses.add(np.array(clock.now - 100), 300, 0)
-            step(shown, meter, 600)
+            shown.step(600)
         shown.line("epoch 1 of 1: loss 0.5")
     out, err = capsys.readouterr()
     assert out == ""
@@ -59,7 +54,7 @@ def test_lines_of_large_rates_have_separators(
     meter = Meter(2)
     with progress.make(meter, shown=True) as shown:
         for clock.now in (101.0, 102.0):
-            step(shown, meter, 1_234_567)
+            shown.step(1_234_567)
     rate = "1,234,567 samples/s, 25% waiting, "
     lines = f"step 1 of 2, {rate}0:01 left", f"step 2 of 2, {rate}0:00 left"
     assert capsys.readouterr().err.splitlines() == [*lines]
@@ -70,7 +65,7 @@ def test_silence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
     meter = Meter(2)
     with progress.make(meter, shown=False) as shown:
-        step(shown, meter, 8)
+        shown.step(8)
         shown.line("epoch 1")
     assert capsys.readouterr() == ("", "")
 
@@ -87,7 +82,7 @@ def bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         meter = Meter(steps)
         with progress.make(meter, shown=True) as shown:
             for _ in range(steps):
-                step(shown, meter, 8)
+                shown.step(8)
             shown.line(text)
         out, err = capsys.readouterr()
         assert out == ""

@@ -155,8 +155,8 @@ def test_the_noise_scale_says_what_batches_cost(rng: np.random.Generator, tmp_pa
     updates, samples = scale.updates(factor), scale.samples(factor)
     now = 1 + scale.scale / scale.batch  # S / S_min; the hyperbola of the paper holds at any batch
     assert (updates * now - 1) * (samples * (1 + scale.batch / scale.scale) - 1) == pytest.approx(1)
-    for batch, word in ((10, "well below"), (1000, "near"), (10_000, "above it")):
-        assert word in noise.Noise(1000, batch).advice()
+    for batch, word in ((10, "would still pay"), (1000, "is about"), (10_000, "bring little")):
+        assert word in noise.Noise(1000, batch, 50).advice()
     found = checked(page([run])).table("Other batch sizes, to the same loss, relative to now")
     assert ["256 (now)", "1.00", "1.00"] in found.rows
     assert noise.of(Run(make(tmp_path / "b", rng, epochs=0, ended=False, lines=0))) is None

@@ -204,15 +204,17 @@ def test_all_runs() -> None:
     assert [run["job"] for run in json.loads(status("--json"))] == ["5", "4"]
 
 
-def test_the_jobs_of_an_array() -> None:
+@pytest.mark.parametrize("array", ["2-10", None])
+def test_the_jobs_of_an_array(array: str | None) -> None:
+    """Or processes that each train alone."""
     stand_in("scontrol", "JobState=RUNNING\nJobState=PENDING\n")
-    folder = a_run(array="0-1")
-    (folder / "0").mkdir()
-    (folder / "1").mkdir()
-    (folder / "0/state.json").write_text(json.dumps({**STATE, "time": time.time()}))
+    folder = a_run(array=array)
+    (folder / "10").mkdir()
+    (folder / "2").mkdir()
+    (folder / "2/state.json").write_text(json.dumps({**STATE, "time": time.time()}))
     assert status("5").splitlines()[-2:] == [
-        "0         step 120 of 600, epoch 2 of 10, loss 0.2500, 12,346 samples/s",
-        "1         nothing yet",
+        "2         step 120 of 600, epoch 2 of 10, loss 0.2500, 12,346 samples/s",
+        "10        nothing yet",
     ]
 
 

@@ -152,10 +152,12 @@ def test_the_table_fits_in_80_columns(ranks: int) -> None:
     totals = times.Totals()
     totals.add(lapped(phases), 3, 30)
     found = {**totals.summary(owns_parts=True), "advice": ["too [bold]slow[/]", "second"]}
+    found["noise"] = {"scale": 1000.0, "batch": 100, "estimates": 50}
     text = summary.table(found)
     assert max(map(len, text.splitlines())) <= 80
     assert "advice: too [bold]slow[/]" in text
     assert "second" not in text
+    assert "noise scale 1,000 samples, batch 100: up to 10 x more ranks" in text
     assert "\x1b" not in text
     mean = phases[0].mean() * 1000 / 3
     assert f"{mean:,.0f}" in text.splitlines()[2]

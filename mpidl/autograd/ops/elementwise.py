@@ -10,6 +10,8 @@ from mpidl.array import namespace, to_device
 from mpidl.autograd.ops.shared import alike, fit, form_of, gate, same, summed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mpidl.array import Array
     from mpidl.autograd.ops.shared import Result
 
@@ -186,12 +188,15 @@ def where(x: Array, y: Array, *, condition: Array) -> Result:
     return xp.where(condition, x, y), adjoints, lambda vx, vy: xp.where(condition, vx, vy)
 
 
-def astype(x: Array, *, dtype: Any) -> Result:
-    """The values in another floating dtype."""
+def astype(x: Array, *, dtype: Any, scale: Callable[[], float] | None = None) -> Result:
+    """The values in another floating dtype.
+
+    Gradients come back times `scale()`, before they are rounded: that of a loss, for float16.
+    """
     if np.dtype(dtype).kind != "f":
         raise ValueError(f"dtype {dtype}: expected a floating one")
     before = x.dtype
-    adjoints = (lambda g, out: g.astype(before),)
+    adjoints = (lambda g, out: (g if scale is None else g * scale()).astype(before),)
     return x.astype(dtype, copy=False), adjoints, lambda v: v.astype(dtype)
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpidl import functional
-from mpidl.autograd import Tensor, tensor
+from mpidl import functional, nn
+from mpidl.autograd import Tensor, draw, tensor
 from tests.fuzz.calls import Given, given, on
 
 rng = np.random.default_rng(0)
+FOLDER = Path(tempfile.mkdtemp())
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 
 def array(*shape: int) -> Any:
@@ -38,6 +44,8 @@ TABLE: dict[str, Callable[[], Given]] = {
     "autograd.check:check_gradients": lambda: given(
         functional.exp, array(2), step=1e-6, tolerance=1e-2
     )._replace(callbacks=(0,)),
+    "autograd.picture:Picture.save": lambda: on(draw(t(2, 3) * 2), FOLDER / "graph.dot"),
+    "autograd.picture:draw": lambda: given(t(2, 3) * 2, nn.Linear(3, 2), params={"w": t(2, 3)}),
     "autograd.tensor:Tensor": lambda: given(array(2, 3), requires_grad=True),
     "autograd.tensor:Tensor.argmax": lambda: on(t(2, 3), 1),
     "autograd.tensor:Tensor.astype": lambda: on(t(2, 3), np.float64),

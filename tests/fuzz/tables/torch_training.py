@@ -38,7 +38,7 @@ def one() -> Given:
     return given(
         model, torch.optim.SGD(model.parameters(), 0.1), "allreduce", None, by_element=None,
         batch_dim=0, broadcast_buffers=True, overlap="auto", bucket_bytes="auto",
-        microbatches=None,
+        microbatches=None, noise_every=1,
     )._replace(then=train)  # fmt: skip
 
 

@@ -47,6 +47,11 @@ def closed(value: Any) -> None:
     value.close()
 
 
+def entered(value: Any) -> None:
+    with value:
+        pass
+
+
 def fit() -> Given:
     made = trainer()
     return closing(
@@ -95,6 +100,15 @@ def stored() -> Path:
     return folder
 
 
+def run() -> Path:
+    folder = FOLDER / "run"
+    if not folder.exists():
+        made = trainer(out=folder)
+        made.fit(dataset(), 1, 4)
+        made.close()
+    return folder
+
+
 def loading(function: Callable[[Any], Any]) -> Given:
     made = replica()
     return closing(given(function(made), stored(), fallback=False)._replace(kept=1), made)
@@ -117,15 +131,19 @@ def injecting() -> Given:
 def one() -> Given:
     return given(nn.Linear(3, 2), optim.SGD(0.1), "allreduce", check_finite=True, clip_norm=1.0,
         clip_value=1.0, accumulate=1, microbatches=None, local_steps=1, codec=None,
-        overlap="auto", bucket_bytes="auto", audit_every=10)._replace(then=closed)  # fmt: skip
+        overlap="auto", bucket_bytes="auto", precision=None, audit_every=10,
+        noise_every=1,
+    )._replace(then=closed)  # fmt: skip
 
 
 def a_trainer() -> Given:
     return given(nn.Linear(3, 2), nn.mse, optim.SGD(0.1), "allreduce", local_steps=1, codec=None,
         overlap="auto", bucket_bytes="auto", metrics={"accuracy": nn.accuracy}, check_finite=False,
         clip_norm=None, clip_value=None, accumulate=1, microbatches=None, checkpoint=None,
-        checkpoint_every=None, keep=3, best=None, resume=False, audit_every=10, out=None,
-        settings=None, quiet=True, elastic=False)._replace(then=closed)  # fmt: skip
+        checkpoint_every=None, keep=3, best=None, resume=False, precision=None, audit_every=10,
+        noise_every=1,
+        out=None, settings=None, quiet=True, tensorboard=False,
+         elastic=False)._replace(then=closed)  # fmt: skip
 
 
 TABLE: dict[str, Callable[[], Given]] = {
@@ -136,6 +154,7 @@ TABLE: dict[str, Callable[[], Given]] = {
     "checkpoint:load": lambda: loading(lambda made: made),
     "checkpoint:restore": lambda: loading(EngineState),
     "checkpoint:save": writing,
+    "history:History.read": lambda: given(run()),
     "onnx:export_onnx": lambda: given(
         nn.Linear(3, 2), FOLDER / "model.onnx", array(2, 3), dynamic_batch=True
     ),
@@ -155,7 +174,8 @@ TABLE: dict[str, Callable[[], Given]] = {
         kept=1, then=closed
     ),
     "strategies:make": lambda: given(
-        "ring", world=WORLD, size=1000, codec="int8", microbatches=None, on_device=False
+        "ring", world=WORLD, size=1000, codec="int8", microbatches=None, on_device=False,
+        half=False, measured=True,
     ),
     "testing.cut:Cut": lambda: given(0, 1, 0.1, None, "before"),
     "testing.faults:Corrupt": lambda: given(0, (1, 2), 1, "gradient", "before"),
@@ -167,6 +187,8 @@ TABLE: dict[str, Callable[[], Given]] = {
     "testing.injector:inject": injecting,
     "testing.plan:Plan": lambda: given((testing.Slow(0, 1),), 0, None),
     "testing.plan:parse": lambda: given('{"faults": [{"fault": "Slow"}], "seed": 7}'),
+    "trace.ranges:range": lambda: given("augment")._replace(then=entered),
+    "trace.ranges:range.__call__": lambda: on(mpidl.range("augment"), closed),
     "trainer:Trainer": a_trainer,
     "trainer:Trainer.evaluate": evaluate,
     "trainer:Trainer.fit": fit,

@@ -11,13 +11,14 @@ import numpy as np
 from mpidl import noise
 from mpidl.report import style
 from mpidl.report.drawing import entry, logarithmic, plot, sheet, short, updates
-from mpidl.report.values import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpidl.report.drawing import Figure
     from mpidl.report.run import Run
+
+LATE = 4  # the scale is that of the last quarter of the epochs: it grows while the loss falls
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Noise:
 
     scale: float
     batch: float
-    estimates: float
     estimates: int
 
     def updates(self, factor: float) -> float:
@@ -40,24 +40,22 @@ class Noise:
         """Return the samples to the same loss, relative to now: E / E_min = 1 + B / B_crit."""
         return factor * self.updates(factor)
 
+    def advice(self) -> str:
+        """Return in words what a larger batch, or more ranks, would bring."""
+        found = {"scale": self.scale, "batch": self.batch, "estimates": self.estimates}
+        return "; ".join(noise.advice(found))
+
 
 def of(run: Run) -> Noise | None:
-    """Return what the last epoch tells, of many estimates; None where none was measured."""
-    last = next((e.noise for e in reversed(run.epochs) if e.noise), {})
-    if not _positive(last, "scale") or not _positive(last, "batch"):
+    """Return the median scale of a run's last epochs; None where none was measured."""
+    good = [e.noise for e in run.epochs if _positive(e.noise, "scale")]
+    some = good[-max(1, len(good) // LATE) :]
+    batches = [n["batch"] for n in some if _positive(n, "batch")]
+    if not batches:
         return None
-    return Noise(last["scale"], last["batch"], last.get("estimates", math.nan))
-
-
-def advice(run: Run) -> list[str]:
-    """Return in words what a larger batch, or more ranks, would bring."""
-    found = of(run)
-    if found is None:
-        return []
-    estimates = found.estimates if math.isfinite(found.estimates) else noise.FEW
-    record = {"scale": found.scale, "batch": found.batch, "estimates": estimates}
-    samples = number(run.config.get("samples"))
-    return noise.advice(record, samples=int(samples) if 0 < samples < math.inf else None)
+    counted = some[-1].get("estimates", math.nan)
+    estimates = int(counted) if math.isfinite(counted) else 0
+    return Noise(float(np.median([n["scale"] for n in some])), batches[-1], estimates)
 
 
 def _positive(noise: dict[str, float], name: str) -> bool:

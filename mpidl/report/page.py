@@ -125,7 +125,8 @@ def _advice(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     for run in runs:
         given = run.summary.get("advice")
         lines = [printable(str(one)) for one in given] if isinstance(given, list) else []
-        lines += [line for line in noise.advice(run) if line not in lines]
+        if (scale := noise.of(run)) is not None:
+            lines.append(scale.advice())
         if lines:
             found.append((run.name, lines))
     return found

@@ -204,7 +204,7 @@ def python(code: str) -> str:
 @pytest.mark.parametrize("module", ["mpidl", "mpidl.cli"])
 def test_importing_starts_no_mpi_and_loads_no_framework(module: str) -> None:
     heavy = ["mpi4py", "torch", "jax", "keras", "cupy", "rich", "typer", "sklearn", "scipy", "h5py"]
-    heavy += ["tensorboardX"]
+    heavy += ["jinja2", "matplotlib", "tensorboardX"]
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     assert python(code).strip() == "[]"
 

@@ -141,9 +141,12 @@ def test_a_run_that_began_anew(rng: np.random.Generator, tmp_path: Path) -> None
     make(folder, rng, epochs=2)
     run = Run(folder)
     assert [e.epoch for e in run.epochs] == [1, 2] and len(run.steps) == 16
+    lines = lines_of(folder / "metrics.jsonl")
     write(folder / "metrics.jsonl", epochs_of(folder))  # and of one without steps
     assert [e.epoch for e in Run(folder).epochs] == [1, 2]
     assert Run(folder).steps == []
+    write(folder / "metrics.jsonl", lines[:3])  # and of one whose first epoch goes on
+    assert Run(folder).epochs == [] and len(Run(folder).steps) == 3
 
 
 def test_an_epoch_may_end_before_the_first_line_of_steps(tmp_path: Path) -> None:
@@ -182,9 +185,12 @@ def test_a_run_is_followed(rng: np.random.Generator, tmp_path: Path) -> None:
     file.rename(folder / "metrics.jsonl.1")
     run.look()
     assert len(run.epochs) == 3
-    make(folder, rng, epochs=1)
-    run.look()
-    assert [e.epoch for e in run.epochs] == [1] and len(run.steps) == 8
+    for epochs in (1, 5):  # shorter, and longer than what was read
+        make(folder, rng, epochs=epochs)
+        run.look()
+        assert len(run.epochs) == epochs and len(run.steps) == 8 * epochs
+        assert run.epochs == Run(folder).epochs
+        file.rename(folder / f"metrics.jsonl.{epochs + 1}")
 
 
 @pytest.mark.parametrize(

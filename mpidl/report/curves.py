@@ -51,7 +51,7 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
             if finite(raw):
                 look = {"color": style.look(i)["color"], "alpha": 0.35, "linewidth": 1.0}
                 plot(made.panel, [s.step for s in run.steps], raw, **look, zorder=1)
-                if single:
+                if single and len(finite(raw)) > 1:
                     made.legend.append(entry("rank 0's samples", i, "faint", marked=False))
             x, y = [e.steps for e in run.epochs], [e.loss for e in run.epochs]
             tests = [e.metrics.get("loss", float("nan")) for e in run.epochs]
@@ -153,7 +153,7 @@ def throughput(runs: Sequence[Run]) -> Figure | None:
             made.panel.set_ylim(bottom=0)
         style.counts(made.panel.yaxis)
         updates(made.panel, runs)
-        if single and runs[0].steps:
+        if single and len(runs[0].steps) > 1:
             c0 = style.VARIABLES[style.SERIES[0]]
             made.legend += [Entry("some steps", c0, "faint"), entry("by epoch", 0)]
         return made.done("rate", " ".join(says), "All ranks together, in training steps.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpidl.report.drawing import Figure
     from mpidl.report.run import Run
 
+LARGEST = 1e30  # samples: more are a damaged file's
 LATE = 4  # the scale is that of the last quarter of the epochs: it grows while the loss falls
 
 
@@ -60,7 +61,7 @@ def of(run: Run) -> Noise | None:
 
 def _positive(noise: dict[str, float], name: str) -> bool:
     value = noise.get(name, math.nan)
-    return math.isfinite(value) and value > 0
+    return 1 / LARGEST < value < LARGEST
 
 
 def figure(runs: Sequence[Run]) -> Figure | None:

@@ -74,14 +74,11 @@ def by_step(run: Run, prefix: str) -> Figure | None:
     unit, name = time_unit(float(np.median(whole)) * 3)
     with sheet("Time of a step", "updates", f"time of a step ({name})") as made:
         kept = np.isin(x, thin(x, whole)[0])
-        x = x[kept]
+        edges = np.array([max(0, steps[0].step - steps[0].count), *x[kept]])
         sums = np.cumsum([each[p][kept] / unit for p in PHASES], axis=0)
         for phase, low, high in zip(PHASES, (0 * sums[0], *sums), sums, strict=False):
             color = style.PHASE_COLOURS[phase]
-            if len(x) == 1:
-                made.panel.bar(x, high - low, 0.4 * x, low, color=color)
-            else:
-                made.panel.fill_between(x, low, high, color=color, linewidth=0)
+            made.panel.stairs(high, edges, baseline=low, fill=True, color=color)
         updates(made.panel, [run])
         # one step in a hundred may be far longer: it is not to hide the others
         made.panel.set_ylim(0, 1.15 * float(np.quantile(sums[-1], 0.98)) or None)

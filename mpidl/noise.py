@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mpidl.world import World
 
 MEMORY = 50  # estimates: an older one counts 1/e less for every so many that followed
+NO_NOISE = 1e-6  # times the batch: it may be rounding
 FEW = 10  # estimates, from which a scale is not much more than a guess
 
 
@@ -205,7 +206,7 @@ def advice(
     scale, batch = float(record["scale"]), float(record["batch"])
     estimates, ratio = int(record["estimates"]), scale / batch
     b, n = _number(batch), _number(scale, 2)
-    if not ratio > 0:
+    if not ratio > NO_NOISE:
         return [f"batch {b}: its samples have the same gradient: more ranks bring nothing"]
     if ratio == math.inf:
         lines = [f"batch {b}: noise hides the gradient: more ranks, or a larger batch, would pay"]

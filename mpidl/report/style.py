@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpidl.errors import MpidlError
@@ -89,7 +91,14 @@ def figure(panels: int = 1, width: float = 6.0, height: float = 5.0, **options: 
     made = library("matplotlib.figure").Figure(
         figsize=(width * panels, height), layout="constrained"
     )
+    made._repr_png_ = partial(_png, made)  # notebooks draw by themselves only those of pyplot
     return made, made.subplots(1, panels, **options)
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def counts(axis: Any) -> None:

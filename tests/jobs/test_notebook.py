@@ -38,7 +38,11 @@ def test_it_comes_without_outputs() -> None:
 
 
 def test_it_runs(tmp_path: Path) -> None:
-    missing = [name for name in ("nbclient", "ipykernel", "sklearn") if find_spec(name) is None]
+    missing = [
+        name
+        for name in ("nbclient", "ipykernel", "sklearn", "matplotlib")
+        if find_spec(name) is None
+    ]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
     copying.copy(NOTEBOOK, tmp_path)
@@ -47,20 +51,22 @@ def test_it_runs(tmp_path: Path) -> None:
     line = (sys.executable, "-c", EXECUTE, NOTEBOOK)
     result = job.execute("openmpi", *line, cwd=tmp_path, timeout=100, **settings)
     assert result.status == 0, result
-    script, ranks, history, summary, accuracy, graph = cells(tmp_path / NOTEBOOK)
+    script, ranks, history, plot, summary, accuracy, graph = cells(tmp_path / NOTEBOOK)
     folder = tmp_path
     assert "Writing train.py" in text(script)
     assert "2 ranks on 1 node" in text(ranks) and "epoch 12 of 12" in text(ranks)
     config = json.loads((folder / "run/config.json").read_text())
     assert config["ranks"] == 2
 
-    last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+    last = job.epochs(folder / "run")[-1]
     examples_page.check("notebook.ipynb", text(accuracy))
     told = float(text(accuracy).split()[2].rstrip("%")) / 100
     assert told >= 0.95 and told == pytest.approx(last["metrics"]["accuracy"], abs=1e-4)
     (shown,) = history["outputs"]
     assert shown["data"]["text/plain"][0].startswith("History(12 epochs: loss ")
     assert "".join(shown["data"]["text/html"]).count("<tr>") == 13
+    (shown,) = plot["outputs"]
+    assert "image/png" in shown["data"]
     (shown,) = summary["outputs"]
     assert "<td" in "".join(shown["data"]["text/html"]) and "9,610" in str(shown["data"])
     (shown,) = graph["outputs"]

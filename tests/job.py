@@ -107,4 +107,4 @@ def script(folder: Path, text: str) -> str:
 def epochs(folder: Path) -> list[dict[str, Any]]:
     """Return what the epochs of a run came to, from its folder."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == "epoch"]
+    return [line for line in lines if line.get("kind", "epoch") == "epoch"]

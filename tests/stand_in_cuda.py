@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import hashlib
 import mmap
 import os
@@ -18,6 +17,7 @@ import struct
 import subprocess
 import tempfile
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +52,7 @@ class Gpu:
 
 GPU = Gpu()
 _memory: dict[int, tuple[mmap.mmap, int, bool]] = {}  # by address: map, descriptor, whether ours
-_events: dict[int, Any] = {}
+_streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 
 
 @contextmanager
@@ -165,6 +165,7 @@ class Stream:
         self, non_blocking: bool = False, synchronize: Callable[[], None] = lambda: None
     ) -> None:
         self.non_blocking, self.synchronize, self.ptr = non_blocking, synchronize, id(self)
+        _streams[self.ptr] = self
         self.given = 0  # pieces of work
         self.knows: dict[int, int] = {}  # of other streams, by address
         self.lazy: list[Callable[[], None]] = []  # copies: made when somebody waits for them
@@ -210,7 +211,7 @@ def nccl(current: Stream) -> types.ModuleType:
 
             assert op == made.NCCL_SUM and source == to and on != current.ptr
             dtype = {7: np.float32, 8: np.float64}[kind]
-            (side,) = [stream for stream in streams() if stream.ptr == on]
+            side = _streams[on]
             assert current.ptr in side.knows, "does not wait for what the gradient is made by"
             side.given += 1
             memory = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(to)
@@ -229,11 +230,6 @@ def nccl(current: Stream) -> types.ModuleType:
         NCCL_SUM=0,
     )
     return made
-
-
-def streams() -> list[Stream]:
-    """Return all that there are."""
-    return [thing for thing in gc.get_objects() if type(thing) is Stream]
 
 
 class UnownedMemory:

@@ -63,6 +63,8 @@ def run(
         )
         return {**report, "memory": []}
     check_names("method", methods or [], KNOWN)
+    if device == "cpu" and "nccl" in (methods or []):
+        raise InvalidArgument("method 'nccl': expected --device cuda with it")
     module = "mpidl.bench.step_ranks"
     options: dict[str, Any] = {"turns": turns, "methods": methods, "codecs": codecs}
     options["samples"] = samples

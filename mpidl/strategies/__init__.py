@@ -156,7 +156,7 @@ def make(
         name, why = auto.choose(world, size, on_device=on_device)
         if measured and on_device and world.size > 1 and "cupy" in sys.modules:
             name, why = fastest(world, size, {one: kinds[one] for one in auto.ON_DEVICE})
-        if half and name == "hierarchical" and world.nodes > 1:
+        if half and not on_device and name == "hierarchical" and world.nodes > 1:
             name, why = auto.FALLBACK, f"{world.nodes} nodes, and float16"
         if coded is not None and name not in TAKE_CODECS:
             name, why = TAKE_CODECS[0], "it takes the codec"

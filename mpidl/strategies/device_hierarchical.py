@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
 from mpidl import fused, node_sums, peers
-from mpidl.array import ALIGNMENT_BYTES, gpu_of, namespace, real_of
+from mpidl.array import ALIGNMENT_BYTES, gpu_of, namespace, real_of, synchronize
 from mpidl.errors import InvalidArgument
+from mpidl.exchange import Exchange, Lane, Source, lanes
 from mpidl.peers import Order, Region
 from mpidl.strategies.base import publish_in_turn
 
@@ -40,19 +43,18 @@ class DeviceHierarchical:
     GPU. 1. Backward has written the gradient: `record`; 2. the weights are gathered, so that all
     have recorded: `wait`; 3. the kernel; 4. `share`: `record`, a barrier on the host, `wait`.
 
-    Each element is the sum over ranks in their order: the same bits as `Hierarchical` gives on the
-    host. On one node.
+    Each element is the sum over ranks in their order: on one node the same bits as `Hierarchical`
+    gives on the host.
+
+    Between nodes all of them own everything: each rank's slice of the node's sums goes through
+    pinned memory to those that own it elsewhere, and means come back (see `Exchange`). An optimizer
+    updates then, and no kernel does it all.
     """
 
     shared: ClassVar[bool] = True
 
     def __init__(self, world: World) -> None:
         with world.together():
-            if world.nodes > 1:
-                raise InvalidArgument(
-                    'strategy "hierarchical" for models on GPUs is for one node, and there are '
-                    f'{world.nodes}: use "nccl", "allreduce", or "auto"'
-                )
             if world.local_size > fused.MOST:
                 raise InvalidArgument(
                     f'strategy "hierarchical" on GPUs: {world.local_size} ranks of a node, '
@@ -64,6 +66,9 @@ class DeviceHierarchical:
         self._ready, self._done = Order(world), Order(world)
         self._weights = np.empty(world.local_size)
         self._means: dict[tuple[int, np.dtype[Any]], Array] = {}
+        self.exchange = Exchange(world) if world.nodes > 1 else None
+        if self.exchange is not None:
+            self.fuse = None  # type: ignore[assignment,method-assign]  # there is more between
         self._known: dict[int, _Known] = {}  # by id of the gradient
         self._by_param: dict[int, _Known] = {}
 
@@ -89,6 +94,11 @@ class DeviceHierarchical:
         params = [regions[i].array(stride, size, dtype) for i in firsts]
         # grads[own][:]: no reference to itself
         known = _Known(regions, grads, params, firsts.index(holder))
+        if self.exchange is not None:
+            owned = self.owned(size)
+            known.lanes = [_shifted(lane, -owned.start) for lane in self._lanes(size)]
+            pinned = importlib.import_module("cupyx").empty_pinned
+            known.home = pinned(owned.stop - owned.start, real_of(dtype))
         param, grad = params[known.own][:], grads[own][:]
         self._known[id(grad)] = self._by_param[id(param)] = known
         weakref.finalize(grad, self._known.pop, id(grad)).atexit = False
@@ -98,7 +108,7 @@ class DeviceHierarchical:
     def on_node(self) -> DeviceHierarchical:
         """Return the same on this node alone, for the same arrays. Not collective."""
         twin = copy.copy(self)
-        twin.world = self.world.on_node()
+        twin.world, twin.exchange = self.world.on_node(), None
         return twin
 
     def owned(self, size: int) -> slice:
@@ -110,7 +120,10 @@ class DeviceHierarchical:
         return ((part, mean) for _, part, mean in self.stream([grad], weight))
 
     def stream(self, grads: Sequence[Array], weight: float) -> Stream:
-        """Reduce one array after the other; none is waited for by the host. Collective."""
+        """Reduce one array after the other; none is waited for by the host. Collective.
+
+        Between nodes the host waits for each.
+        """
         weights = self._gather(weight)
         for i, grad in enumerate(grads):
             part, known = self.owned(grad.size), self._find(self._known, grad)
@@ -118,7 +131,24 @@ class DeviceHierarchical:
                 mean = self._mean(part.stop - part.start, grad)
                 work = self._work(known, weights, part, mean.dtype)
                 fused.mean(work, grad.dtype.name, len(known.grads), len(known.params), mean)
+                self._between_nodes(known, mean)
                 yield i, part, mean
+
+    def _between_nodes(self, known: _Known, mean: Array) -> None:
+        """Replace this node's sum (owned part) by that of all nodes."""
+        home = known.home
+        if self.exchange is None or home is None:
+            return
+        mean.get(out=home)  # type: ignore[attr-defined]
+        whole = slice(0, home.size)
+        sums = iter([(whole, home)])
+        for _, part, piece in self.exchange.average([Source(home, whole, sums, known.lanes, {})]):
+            home[part] = piece
+        mean.set(home)  # type: ignore[attr-defined]
+        synchronize(mean)  # the pinned memory is free again
+
+    def _lanes(self, size: int) -> list[Lane]:
+        return list(lanes(size, self.world, partial(node_sums.owned, LINE)))
 
     def fuse(
         self,
@@ -195,8 +225,8 @@ class DeviceHierarchical:
         return publish_in_turn(self, params)
 
     def total(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Add up what the ranks own. Collective."""
-        return self.world.sum(values)
+        """Add up what the ranks own: node 0's, where all nodes own the same. Collective."""
+        return self.world.sum(values if self.world.node == 0 else [0.0] * len(values))
 
     def close(self) -> None:
         """Give the means' memory back; gradients and parameters go when the arrays go."""
@@ -208,6 +238,10 @@ class DeviceHierarchical:
         return where[id(array)]
 
 
+def _shifted(lane: Lane, by: int) -> Lane:
+    return Lane(slice(lane.part.start + by, lane.part.stop + by), lane.ranks, lane.place)
+
+
 @dataclass
 class _Known:
     """What there is to know of an array."""
@@ -217,6 +251,8 @@ class _Known:
     params: list[Array]  #: of all GPUs
     own: int  #: which of these is ours
     written: bool = False  #: whether a kernel has written to all of them
+    lanes: list[Lane] = field(default_factory=list)  #: of the owned part, from its start on
+    home: Array | None = None  #: pinned memory for that part, between nodes
 
     def __post_init__(self) -> None:
         self.grad_addresses = [grad.data.ptr for grad in self.grads]  # type: ignore[attr-defined]

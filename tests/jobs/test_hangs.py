@@ -131,7 +131,7 @@ print("well")
 @only_mpich
 def test_a_rank_that_makes_one_call_more_is_told_at_the_next_step(mpi: str, tmp_path: Path) -> None:
     """It meets another rank's call of another purpose, which MPI takes for the same."""
-    result = run(mpi, tmp_path, TRAINING.replace("WHAT", "world.sum([1, 0, 0, 0])"), ranks=2)
+    result = run(mpi, tmp_path, TRAINING.replace("WHAT", "world.sum([1, 0, 0, 0, 0, 0])"), ranks=2)
     assert result.status != 0, result
     assert re.search(
         r"rank 0 of 2 on [^$]*RankMismatch: step 4: a rank has made more collective calls than "
@@ -142,13 +142,13 @@ def test_a_rank_that_makes_one_call_more_is_told_at_the_next_step(mpi: str, tmp_
 
 @only_mpich
 def test_calls_are_compared_where_asked(mpi: str, tmp_path: Path) -> None:
-    text = TRAINING.replace("WHAT", "world.sum([1, 0, 0, 0])")
+    text = TRAINING.replace("WHAT", "world.sum([1, 0, 0, 0, 0, 0])")
     result = run(mpi, tmp_path, text, ranks=2, MPIDL_CHECK="collectives", MPIDL_STALL_SECONDS="20")
     line = len(START.splitlines()) + 1
     assert result.status != 0, result
     assert result.errors.count("RankMismatch: the ranks make different calls: ") == 1, result
     assert re.search(
-        rf"calls: rank 0: step 4 at \S+:{line + 7}; rank 1: sum of 4 numbers at \S+:{line + 5}\n",
+        rf"calls: rank 0: step 4 at \S+:{line + 7}; rank 1: sum of 6 numbers at \S+:{line + 5}\n",
         result.errors,
     ), result
 

@@ -18,7 +18,7 @@ from mpidl.errors import InvalidArgument, NoPeerAccess, OutOfDeviceMemory
 from mpidl.strategies import AllReduce, Hierarchical, auto, make
 from mpidl.strategies.device_hierarchical import DeviceHierarchical
 from tests import stand_in_cuda
-from tests.ranks.conftest import DEVICE, STRATEGIES, as_nodes
+from tests.ranks.conftest import DEVICE, PLACEMENTS, STRATEGIES, as_nodes
 
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" or (DEVICE == "stand-in" and stand_in_cuda.COMPILER is None),
@@ -88,6 +88,8 @@ def test_training_has_the_hosts_bits(
     own: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if gpus is not None and name != "SGD":
+        pytest.skip("one optimizer is enough")
     launched = []
     update = fused.update
     monkeypatch.setattr(fused, "update", lambda *a: (launched.append(1), update(*a)))
@@ -234,7 +236,7 @@ def test_auto_takes_what_is_fastest(
     assert "measured on 0.0625 MiB: hierarchical " in choice.why and "allreduce " in choice.why
     if gpus == 1:
         assert "; not nccl: ranks 0, 1" in choice.why and choice.name != "nccl"
-    for wanted in ("hierarchical", "allreduce"):
+    for wanted in ("hierarchical", "allreduce") if gpus is None else ():
         slow = DeviceHierarchical if wanted == "allreduce" else AllReduce
         reduce = slow.reduce
 
@@ -259,9 +261,68 @@ def test_where_kernels_do_not_compile_it_is_told(
         DeviceHierarchical(world)
 
 
-def test_it_is_for_gpus_of_one_node(world: mpidl.World) -> None:
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_between_nodes_means_come_to_all(
+    place: str, world: mpidl.World, own: np.random.Generator, xp: Any
+) -> None:
+    nodes = as_nodes(world, PLACEMENTS[place])
+    strategy = DeviceHierarchical(nodes)
+    for dtype, n in (("float32", 0), ("float32", 7), ("float64", 1000), ("float32", 100_003)):
+        weights = shares_of(world, own, equal=False)
+        param, grad = strategy.allocate(n, np.dtype(dtype), xp)
+        for _ in range(2):
+            local = own.standard_normal(n).astype(dtype)
+            grad[:] = xp.asarray(local)
+            world.barrier()
+            for part, mean in strategy.reduce(grad, weights[world.rank]):
+                param[part] = mean
+            strategy.share(param)
+            found = to_numpy(param).copy()
+            world.barrier()
+            expected = sum(w * x for w, x in zip(weights, world.gather(local), strict=True))
+            np.testing.assert_allclose(found, expected, atol=4e-6)
+            assert len(set(world.gather(found.tobytes()))) == 1
+    values = strategy.owned(n)
+    assert strategy.total([values.stop - values.start])[0] == n
+
+
+@pytest.mark.parametrize("name", ["SGD", "LAMB"])
+def test_between_nodes_it_trains_as_allreduce(
+    name: str, world: mpidl.World, own: np.random.Generator, xp: Any
+) -> None:
+    nodes = as_nodes(world, lambda rank: min(rank, 1))
+    batches = [xp.asarray(own.standard_normal((4, 6)).astype(np.float32)) for _ in range(3)]
+    found = []
+    for strategy in ("hierarchical", "allreduce"):
+        nn.random.seed(7)
+        model = nn.Linear(6, 30).to("cuda")
+        replica = mpidl.DataParallel(model, OPTIMIZERS[name], strategy, world=nodes, clip_norm=1.0)
+        for x in batches:
+            (model(x) * model(x)).mean().backward()
+            replica.step(weight=4)
+        replica.audit.look(0)
+        found.append(to_numpy(model.weight.data).copy())
+        replica.close()
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_local_steps_average_parameters(
+    world: mpidl.World, own: np.random.Generator, xp: Any
+) -> None:
+    nodes = as_nodes(world, lambda rank: rank % 2)
+    model = nn.Linear(6, 30).to("cuda")
+    replica = mpidl.DataParallel(
+        model, optim.SGD(0.1, 0.9), "hierarchical", world=nodes, local_steps=2
+    )
+    for step in range(4):
+        x = xp.asarray(own.standard_normal((4, 6)).astype(np.float32))
+        (model(x) * model(x)).mean().backward()
+        replica.step(weight=4)
+        copies = world.gather(to_numpy(model.weight.data).tobytes())
+        assert len(set(copies)) == (1 if step % 2 else nodes.nodes)
+    replica.close()
+
+
+def test_it_is_for_gpus(world: mpidl.World) -> None:
     with pytest.raises(InvalidArgument, match="the model is in host memory"):
         DeviceHierarchical(world).allocate(3, np.dtype("float32"), np)
-    if world.size > 1:
-        with pytest.raises(InvalidArgument, match=r"is for one node, and there are \d"):
-            DeviceHierarchical(as_nodes(world, lambda rank: rank))

@@ -46,6 +46,8 @@ STRATEGIES = ["allreduce", "sharded", "hierarchical"]
 def strategy(request: pytest.FixtureRequest, xp: Any) -> str:
     if request.param == "hierarchical" and not (xp is np or KERNELS):
         pytest.skip("needs g++")
+    if request.param == "sharded" and xp is not np:
+        pytest.skip("it does the same on the host")
     return str(request.param)
 
 

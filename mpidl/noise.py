@@ -141,7 +141,7 @@ class NoiseScale:
         """Estimate, if it is time. Collective then."""
         if self.due:
             values = np.concatenate(self._rows).tolist()
-            mean = float(self._strategy.total(values).sum())
+            mean = float(np.sum(self._strategy.total(values)))
             mine = exact.parts(self._squares), self._parts, mean
             found = self._world.gather(mine)
             total = exact.total(value for values, _, _ in found for value in values)

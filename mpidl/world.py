@@ -18,7 +18,7 @@ from mpidl import abort, binding, clock, config, mpi, spawned, supervised, watch
 from mpidl.errors import InvalidArgument, MpidlError, RankMismatch
 from mpidl.making import known, made, noted
 from mpidl.marks import Mark, shared, some
-from mpidl.refuse import WRONG, wrong
+from mpidl.refuse import WRONG, told, wrong
 from mpidl.trace import session as trace
 from mpidl.unsent import sent
 
@@ -301,7 +301,7 @@ def init(
     """
     global _world
     if not isinstance(abort_on_error, bool):
-        raise InvalidArgument(f"{abort_on_error=}: expected True or False")
+        raise InvalidArgument(f"abort_on_error={told(abort_on_error)}: expected True or False")
     stall, checks, seconds = config.stall(stall), config.check(check), config.stall_seconds()
     if _world is None:
         supervised.start()

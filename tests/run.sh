@@ -40,14 +40,14 @@ if type g++ make > /dev/null 2>&1; then
     "${nice[@]}" bash tests/peers/install_horovod.sh --wheels "$wheels" --build > "$logs/horovod" 2>&1 &
     building=$!
 fi
-# Then two pieces at a time, of which one often waits, in this order.
+# Then two pieces at a time, the longest first.
 pieces=(
-    "tests/jobs/test_[a-d]*.py"
     "tests/hosts"
-    "tests/jobs/test_[f-l]*.py"
+    "tests/jobs/test_[a-d]*.py"
     "tests/fuzz tests/gpu tests/unit"
-    "tests/jobs/test_e*.py"
     "tests/jobs/test_[m-z]*.py tests/test_readme.py"
+    "tests/jobs/test_[f-l]*.py"
+    "tests/jobs/test_e*.py"
 )
 piece() {
     # shellcheck disable=SC2086

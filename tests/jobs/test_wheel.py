@@ -87,7 +87,8 @@ def test_what_is_in_it(wheel: Path) -> None:
     assert tops == {"mpidl", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     unwanted = ("tests", "/test_", "__pycache__", ".venv")
     assert not [f for f in files if any(word in f.lower() for word in unwanted)]
-    assert wheel.name.endswith("-py3-none-any.whl") and wheel.stat().st_size < 700_000
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.stat().st_size < 1_000_000  # sources alone: data, or what was built, would be more
 
 
 def test_the_installed_example_learns(user: User) -> None:

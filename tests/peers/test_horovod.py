@@ -150,7 +150,7 @@ def test_where_a_rank_lacks_horovod(world: mpidl.World, monkeypatch: pytest.Monk
 
 
 def test_it_is_never_chosen_unasked(world: mpidl.World) -> None:
-    assert set(STRATEGIES) - set(own()) == set(LIBRARIES) == {"horovod"}
+    assert set(STRATEGIES) - set(own()) == set(LIBRARIES) == {"horovod", "nccl"}
     for where in (world, as_nodes(world, lambda rank: rank)):
         for size in (0, 1 << 30):
             choice = make("auto", where, size)

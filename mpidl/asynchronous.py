@@ -172,6 +172,7 @@ class AsynchronousUpdate:
                 asked = np.array([request, self._versions[root]])
                 requests += [comm.Irecv(answers[root], root, ANSWER)]
                 requests += [comm.Irecv(param, root, PARAMETERS) for param in params]
+                clock.moved_bytes += sum(param.nbytes for param in params)
                 requests += [comm.Isend(asked, root, REQUEST)]
                 if request == PUSH:
                     requests += [comm.Isend(grad, root, GRADIENT) for grad in grads]

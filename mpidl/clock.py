@@ -82,6 +82,17 @@ def take_thread() -> None:
     switch(OTHER)
 
 
+@contextmanager
+def lent() -> Iterator[None]:
+    """Let this thread switch the clock, while the one that trains waits for it."""
+    global _thread
+    owner, _thread = _thread, _get_ident()
+    try:
+        yield
+    finally:
+        _thread = owner
+
+
 def read() -> list[float]:
     """Return the seconds in each phase up to now."""
     found = seconds.copy()
@@ -142,7 +153,7 @@ def fetched(items: Iterable[T]) -> Iterator[T]:
     """Yield what `items` yields; the time that this takes is that of data."""
     iterator = iter(items)
     while True:
-        before = switch(DATA)
+        before = switch(OTHER if _phase == OTHER else DATA)  # as in an evaluation
         try:
             item = next(iterator)
         except StopIteration:

@@ -28,7 +28,7 @@ LEAST_LEASE = 1.0  # seconds: a lease is asked for twice a second
 
 
 def cuda_aware() -> str:
-    """MPIDL_CUDA_AWARE: "yes" or "no" overrules what the MPI library says; "auto" asks it."""
+    """MPIDL_CUDA_AWARE: "yes" or "no" overrules what the MPI library says; "auto" measures."""
     return _choice("MPIDL_CUDA_AWARE", "auto", ("auto", "yes", "no"))
 
 
@@ -136,7 +136,10 @@ def trace() -> Path | None:
     """
     value = os.environ.get("MPIDL_TRACE")
     known = "MPIDL_TRACED" in os.environ and spawned() is None
-    return Path(value).absolute() if value and not known else None
+    if not value or known:
+        return None
+    path = Path(value).absolute()
+    return path.parent / str(launched.rank()) / path.name if alone() else path
 
 
 def trace_run() -> str | None:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 CHILD = (sys.executable, "-m", "mpidl.cuda_probe")
 SECONDS = 60.0  # CuPy's import from a network's file system takes some
 DRIVER = Path("/proc/driver/nvidia/version")
-UNDECIDED = ("no GPU", "no MPI")  # these may be there tomorrow
+LATE = "no answer"
+UNDECIDED = ("no GPU", "no MPI", LATE)  # tomorrow it may be another
+
+_undecided: dict[tuple[str, ...], Answer] = {}  # of this process: not to be asked for again in it
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Answer:
 def agreed(world: World) -> bool:
     """Return whether MPI takes GPU memory on every node. Collective; each node measures once."""
     mine = None
-    if world.local_rank == 0:
-        mine = answer().yes
+    with world.together():
+        config.cuda_aware()  # a wrong value is told on every rank
+        if world.local_rank == 0:
+            mine = answer().yes
     with world.mark.enter("asking whether MPI is CUDA-aware"):
         found = world.comm.allgather(mine)
     return all(one is not False for one in found)
@@ -64,8 +69,13 @@ def answer(child: Sequence[str] = CHILD, seconds: float = SECONDS) -> Answer:
     known = None if path is None else _read(path, facts)
     if known is not None:
         return known
+    trial = (*child, json.dumps(facts, sort_keys=True))
+    if trial in _undecided:
+        return _undecided[trial]
     found = measure(child, seconds)
-    if path is not None and found.why.partition(":")[0] not in UNDECIDED:
+    if path is None or found.why.partition(":")[0] in UNDECIDED:
+        _undecided[trial] = found
+    else:
         _write(path, {"of": facts, "answer": asdict(found)})
     return found
 
@@ -77,11 +87,11 @@ def measure(child: Sequence[str] = CHILD, seconds: float = SECONDS) -> Answer:
     """
     try:
         done = subprocess.run(
-            [*child], env=launched.without(), stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, check=False, timeout=seconds,
+            [*child], env={**launched.without(), "MPIDL_ALONE": "1"}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False, timeout=seconds,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Answer(False, f"a trial did not end within {seconds:.0f} s")
+        return Answer(False, f"{LATE}: a trial did not end within {seconds:.0f} s")
     except OSError as error:
         return Answer(False, f"no MPI: a trial could not start: {error}")
     said = next((line for line in done.stdout.splitlines() if line.startswith("mpidl: ")), "")

@@ -107,6 +107,8 @@ class Elastic:
                 if isinstance(error, RankDied):
                     continue
                 if not died(self.trainer.world, error):
+                    if self.trainer._folder is not None:
+                        self.trainer._folder.fail()
                     raise
                 agreed(self.trainer.world, well=False)
 

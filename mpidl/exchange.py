@@ -281,10 +281,10 @@ class Exchange:
     def _send(self, block: Block, message: Array, rank: int, tag: int) -> None:
         block.requests.append(self.world.comm.Isend(message, rank, tag))
         self.sent_bytes += message.nbytes
-        clock.moved_bytes += message.nbytes
 
     def _receive(self, block: Block, message: Array, rank: int, tag: int) -> None:
         block.requests.append(self.world.comm.Irecv(message, rank, tag))
+        clock.moved_bytes += message.nbytes
 
     def _done(self, block: Block) -> bool:
         done: bool = self.world.MPI.Request.Testall(block.requests)

@@ -41,7 +41,13 @@ class History(list[Epoch]):
             *lines, _ = path.read_text().split("\n")  # what has no end yet is being written
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path}: {error}") from error
-        return cls(found for i, line in enumerate(lines) if (found := _epoch(path, i, line)))
+        made = cls()
+        for i, line in enumerate(lines):
+            if (found := _epoch(path, i, line)) is not None:
+                while made and made[-1].epoch >= found.epoch:  # made again: ranks had died
+                    made.pop()
+                made.append(found)
+        return made
 
     @overload
     def __getitem__(self, key: SupportsIndex) -> Epoch: ...

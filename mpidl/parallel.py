@@ -76,9 +76,8 @@ class DataParallel:
         bucket_bytes: about how large a bucket is, each of which is averaged at once. "auto": with
             `overlap` as many at once as let the last be averaged the soonest.
         precision: "fp16" computes in float16, with float32 master weights: `mpidl.precision`.
-        audit_every: in every so many updates, see whether all ranks have the same parameters, bit
-            by bit, and finite ones; 0 for never. With `local_steps` after they were averaged. Not
-            with an asynchronous strategy. `audit.look` does it at once.
+        audit_every: in every so many updates, see whether all ranks have the same, and finite,
+            parameters; 0 for never. After averages with `local_steps`; not asynchronous: `audit`.
         noise_every: in every so many updates, estimate the gradient `noise` scale; 0 for never.
     """
 
@@ -343,7 +342,8 @@ class DataParallel:
             self._overlap.close()
         self.update.close()
         self._placement.release()
-        self.precision = None  # which ends it: the model is in float32 again
+        if self.precision is not None:
+            self.precision.close()  # the model is in float32 again
         self.strategy.close()
         self.buckets.clear()
         self.states.clear()

@@ -113,10 +113,15 @@ def _narrowed(value: Any) -> Any:
 
 def _widened(value: Any, scale: LossScale) -> Any:
     """Return tensors of float16 in float32, also in tuples, lists and dicts."""
-    if isinstance(value, Tensor) and value.dtype == HALF:
+    if isinstance(value, Tensor) and value.dtype.kind == "f":  # also what is wide already: scaled
+        wide = np.dtype(np.float32) if value.dtype == HALF else value.dtype
         options = {"scale": lambda: scale.scale} if recording() else {}
-        return apply("astype", value, dtype=np.float32, **options)
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        if not options and value.dtype == wide:
+            return value
+        return apply("astype", value, dtype=wide, **options)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_widened(v, scale) for v in value))
+    if type(value) in (tuple, list):
         return type(value)(_widened(v, scale) for v in value)
     if type(value) is dict:
         return {name: _widened(v, scale) for name, v in value.items()}

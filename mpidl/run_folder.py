@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpidl import clock, config
-from mpidl.errors import InvalidArgument
+from mpidl.errors import InvalidArgument, MpidlError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,15 +49,16 @@ class RunFolder:
 
     #: Each gets what `write` is given, on the rank that writes.
     listeners: Sequence[Callable[[dict[str, Any]], None]] = ()
+    _followed: _Followed | None = None
 
     def __init__(self, path: str | Path, world: World, settings: dict[str, Any]) -> None:
         self.path = Path(path)
         self.writes = world.rank == 0
-        self.config: dict[str, Any] = {}  #: what config.json holds, on rank 0
+        self.config: dict[str, Any] = {}  #: what config.json holds
         seats = world.gather((platform.node(), sorted(os.sched_getaffinity(0))))
         with world.together():
+            self.config = {**settings, **_environment(world, seats)}
             if self.writes:
-                self.config = {**settings, **_environment(world, seats)}
                 self._create(self.config)
 
     @classmethod
@@ -114,8 +115,14 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, with advice, on rank 0."""
         if self.writes:
-            told = json.dumps(_rounded(summary)) + "\n"
-            (self.path / "summary.json").write_text(told)
+            told = json.dumps(_named(_rounded(summary))) + "\n"
+            with suppress(OSError):  # training has come to its end
+                (self.path / "summary.json").write_text(told)
+
+    def fail(self) -> None:
+        """Say in state.json that the run has failed, on rank 0."""
+        if self.writes and self._followed is not None:
+            self._followed.tell("failed")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:
@@ -125,7 +132,10 @@ class RunFolder:
         self, shown: Progress, trainer: Trainer, ahead: list[Batches], meter: Meter
     ) -> Progress:
         """Return `shown`, on rank 0 also written to the folder, for the epochs `ahead`."""
-        return _Followed(self, shown, trainer, ahead, meter) if self.writes else shown
+        if not self.writes:
+            return shown
+        self._followed = _Followed(self, shown, trainer, ahead, meter)
+        return self._followed
 
 
 def of_trainer(path: str | Path, trainer: Trainer, asked: dict[str, Any]) -> RunFolder:
@@ -176,6 +186,7 @@ class _Followed:
 
     def __enter__(self) -> _Followed:
         self.shown.__enter__()
+        self.tell("running")
         return self
 
     def __exit__(
@@ -183,18 +194,20 @@ class _Followed:
     ) -> None:
         stopped = isinstance(error, SystemExit) and error.code == config.EXIT_REQUEUE
         state = "finished" if error is None else "stopped" if stopped else "failed"
-        with suppress(OSError):
+        with suppress(OSError, MpidlError):
             self._write_steps()
-        self._write(state)
+        recovers = self.trainer._elastic is not None and isinstance(error, Exception)
+        self.tell("running" if recovers else state)  # `Elastic` tells where it does not
         self.shown.__exit__(kind, error, trace)
 
     def step(self, samples: int) -> None:
         self.shown.step(samples)
         if self.since.seconds() > STEPS_SECONDS:
-            self._write_steps()
+            with suppress(OSError):  # training does not end for the sake of those who look on
+                self._write_steps()
         now = time.monotonic()
         if now >= self.due:
-            self._write("running")
+            self.tell("running")
             self.due = now + STATE_SECONDS
 
     def line(self, text: str) -> None:
@@ -219,7 +232,8 @@ class _Followed:
             }
         )
 
-    def _write(self, state: str) -> None:
+    def tell(self, state: str) -> None:
+        """Write state.json."""
         trainer = self.trainer
         now = {
             "state": state,
@@ -235,7 +249,7 @@ class _Followed:
             "ranks": trainer.world.size,
         }
         new = self.file.with_suffix(".new")
-        with suppress(OSError):  # training does not end for the sake of those who look on
+        with suppress(OSError):  # as above
             new.write_text(json.dumps(_named(now)) + "\n")
             new.replace(self.file)
 

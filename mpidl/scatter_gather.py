@@ -105,6 +105,7 @@ class ScatterGather:
                     if place != piece.owner:
                         arriving[place] = self._memory(piece, grad.dtype)
                         leaving.append(self.world.comm.Irecv(arriving[place], rank, SUMS))
+                        clock.moved_bytes += arriving[place].nbytes
                 on_way.append((number, grad, piece, arriving, leaving))
                 leaving = []
                 while on_way and (len(on_way) > depth or self._done(on_way[0][-1])):
@@ -128,6 +129,7 @@ class ScatterGather:
                 if piece.owner != self.world.node:
                     rank = piece.ranks[piece.owner]
                     requests.append(self.world.comm.Irecv(values, rank, VALUES))
+                    clock.moved_bytes += values.nbytes
                     continue
                 for place, rank in enumerate(piece.ranks):
                     if place != piece.owner:
@@ -170,7 +172,6 @@ class ScatterGather:
 
     def _send(self, message: Array, rank: int, tag: int) -> Any:
         self.sent_bytes += message.nbytes
-        clock.moved_bytes += message.nbytes
         return self.world.comm.Isend(message, rank, tag)
 
     def _depth(self) -> int:

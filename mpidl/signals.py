@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpidl import abort, config, launched
+from mpidl import abort, config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,11 +56,11 @@ def leave() -> NoReturn:
     """End with the status 75, `config.EXIT_REQUEUE`: "start me again". Every rank calls it.
 
     It raises SystemExit: what stands in `finally` is done, and MPI ends in order. In the folder of
-    a job (MPIDL_OUT) rank 0 leaves the file `AGAIN`. Without it the job's script does not believe
+    a job (MPIDL_OUT) they leave the file `AGAIN`. Without it the job's script does not believe
     the status: a launcher may end with 75 for reasons of its own.
     """
     folder = config.job_folder()
-    if folder is not None and (launched.rank() == 0 or config.alone()):
+    if folder is not None:  # each: the launcher's rank 0 may be gone
         with suppress(OSError):  # the script will say that it misses it
             (Path(folder) / AGAIN).touch()
     abort.leave_together(config.EXIT_REQUEUE)

@@ -20,7 +20,11 @@ UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 def tell(totals: Totals, replica: DataParallel, folder: RunFolder | None, shown: Progress) -> None:
     """Show the summary, and write summary.json. On rank 0."""
-    found = make(totals, replica, {} if folder is None else folder.config)
+    config = {} if folder is None else folder.config
+    if config.get("ranks") != replica.world.size:  # ranks have died, or joined
+        places = "hosts", "cores", "ranks_on_node"
+        config = {name: value for name, value in config.items() if name not in places}
+    found = make(totals, replica, config)
     shown.line(table(found))
     if folder is not None:
         folder.write_summary(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class Lapped:
     """Where the time of all ranks went in one epoch; lists are by rank."""
 
     seconds: list[float]  #: spent in training steps
+    here: float  #: of these, in this run, on the slowest rank
     phases: dict[str, list[float]]  #: seconds in each, of `mpidl.clock.PHASES`
     moved_bytes: list[int]  #: received from others, or read in their memory
     peak_memory_bytes: list[int]  #: of the process, so far
@@ -62,23 +64,29 @@ class Lap:
 
     def __init__(self, world: World, *, columns: bool) -> None:
         self._before, self._moved = clock.read(), clock.moved_bytes
+        self._begun = time.perf_counter()
         self._columns: Columns | None = None
         if columns:
             wanted = MOST_NUMBERS // (world.size * len(clock.PHASES))
             self._columns = Columns(2 * max(LEAST_COLUMNS, min(wanted, MOST_COLUMNS)))
         clock.record(self._columns)
 
-    def end(self, world: World, seconds: float) -> Lapped:
-        """Return what all ranks found; `seconds` are this one's in training steps. Collective."""
+    def end(self, world: World, before: float) -> Lapped:
+        """Return what all ranks found. Collective.
+
+        `before` are the seconds that an earlier run had spent in this epoch.
+        """
+        here = time.perf_counter() - self._begun
         clock.record(None)
         phases = [a - b for a, b in zip(clock.read(), self._before, strict=True)]
         means = [] if self._columns is None else self._columns.means()
         per = 1 if self._columns is None else self._columns.steps_per_column
         moved = clock.moved_bytes - self._moved
-        found = world.gather((seconds, phases, moved, peak_memory(), per, means))
+        found = world.gather((here, phases, moved, peak_memory(), per, means))
         each, by_rank, moved_bytes, peaks, _, columns = zip(*found, strict=True)
         return Lapped(
-            seconds=list(each),
+            seconds=[spent + before for spent in each],
+            here=max(each),
             phases={name: [p[i] for p in by_rank] for i, name in enumerate(clock.PHASES)},
             moved_bytes=list(moved_bytes),
             peak_memory_bytes=list(peaks),
@@ -94,11 +102,11 @@ class Totals:
     """What the epochs of a run came to, on rank 0: of the ranks that there are now."""
 
     def __init__(self) -> None:
-        self.seconds, self.steps, self.samples = 0.0, 0, 0
+        self.seconds, self.steps = 0.0, 0
         self._phases = np.zeros((len(clock.PHASES), 0))
         self._moved, self._peaks = 0, list[int]()
 
-    def add(self, lapped: Lapped, steps: int, samples: int) -> None:
+    def add(self, lapped: Lapped, steps: int) -> None:
         """Count an epoch of `steps` updates."""
         phases = np.array([lapped.phases[name] for name in clock.PHASES])
         if phases.shape != self._phases.shape:  # ranks have died, or joined: begin anew
@@ -107,9 +115,8 @@ class Totals:
         self._phases += phases
         self._moved += sum(lapped.moved_bytes)
         self._peaks = lapped.peak_memory_bytes
-        self.seconds += max(lapped.seconds)
+        self.seconds += lapped.here
         self.steps += steps
-        self.samples += samples
 
     def summary(self, *, owns_parts: bool) -> dict[str, Any]:
         """Return what summary.json holds, but for advice. With `owns_parts` ranks share updates."""
@@ -118,7 +125,6 @@ class Totals:
         return {
             "ranks": len(self._peaks),
             "steps": self.steps,
-            "samples": self.samples,
             "seconds": self.seconds,
             "phases": phases,
             "slowest": int(busy.argmax()),

@@ -225,7 +225,8 @@ class Trainer:
         samples = len(first.dataset)
         batch_size = batch_size if callable(batch_size) else first.batch_size
         folder = self._open_folder(samples, epochs=epochs, batch_size=batch_size, seed=first.seed)
-        meter = Meter(sum(map(len, ahead)), lambda: self.losses)
+        made = self.done.position.get("batch", 0)  # by an earlier run
+        meter = Meter(sum(map(len, ahead)) - made, lambda: self.losses)
         shown = progress.make(meter, shown=self.world.rank == 0 and not self.quiet)
         if folder is not None:
             shown = folder.follow(shown, self, ahead, meter)
@@ -237,7 +238,7 @@ class Trainer:
                 begun = self.replica.steps
                 loss, lapped = self._train(this, shown)
                 seconds = max(lapped.seconds)
-                self._totals.add(lapped, self.replica.steps - begun, samples)
+                self._totals.add(lapped, self.replica.steps - begun)
                 metrics = {} if evaluate is None else self.evaluate(evaluate, this.batch_size)
                 self.epochs += 1
                 result = Epoch(
@@ -314,7 +315,7 @@ class Trainer:
         self.replica.average_buffers()
         sums = losses.parts()
         clock.switch(clock.OTHER)
-        lapped = lap.end(self.world, time.perf_counter() - start)
+        lapped = lap.end(self.world, spent)
         mean = mean_of(self.world, sums, len(batches.dataset))
         if not math.isfinite(mean):
             tell_loss(self.replica, losses, batches)

@@ -72,7 +72,7 @@ def settings(file: Path | None) -> dict[str, str]:
 
     In the folder of a job (MPIDL_OUT), if there is one. Raises InvalidArgument.
     """
-    path = (file or Path(config.out() or "") / "trace.json").absolute()
+    path = (file or Path(config.job_folder() or "") / "trace.json").absolute()
     if path.is_dir() or not path.name:
         raise InvalidArgument(f"--trace-file {path}: expected a file, and that is a folder")
     return {"MPIDL_TRACE": str(path), "MPIDL_TRACE_RUN": os.urandom(8).hex()}

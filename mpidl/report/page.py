@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpidl.report.tables import Table
 
 HERE = Path(__file__).parent
-ABOVE = ("state", "ranks", "epochs", "training loss", "samples / s", "efficiency", "wall time",
+ABOVE = ("state", "ranks", "epochs", "training loss", "samples / s", "efficiency",
          "time in training steps", "waiting for other ranks", "critical batch")  # fmt: skip
 TILES = 8
 

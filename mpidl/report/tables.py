@@ -57,9 +57,6 @@ def facts(run: Run) -> dict[str, str]:
                 found[f"highest test {name}"] = short(max(good))
         found["time in training steps"] = duration(sum(finite([e.seconds for e in run.epochs])))
     found["samples / s"] = short(scaling.rate(run))
-    wall = number(run.summary.get("seconds"))
-    if math.isfinite(wall):
-        found["wall time"] = duration(wall)
     efficiency = number(run.summary.get("efficiency"))
     if math.isfinite(efficiency):
         found["efficiency"] = percent(efficiency)

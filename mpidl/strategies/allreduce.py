@@ -43,7 +43,7 @@ class AllReduce:
 
     def reduce(self, grad: Array, weight: float) -> Averages:
         """Sum the weighted `grad` (n,) in place, chunk by chunk. Collective."""
-        clock.moved_bytes += around(grad.nbytes, self.world.size)
+        clock.moved_bytes += around(grad.size * real_of(grad.dtype).itemsize, self.world.size)
         if self.world.size > 1 and is_device(grad) and not self.staging.direct:
             total = grad.astype(real_of(grad.dtype), copy=False)
             total *= weight

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
-from mpidl import fused, node_sums, peers
+from mpidl import clock, fused, node_sums, peers
 from mpidl.array import ALIGNMENT_BYTES, gpu_of, namespace, real_of, synchronize
 from mpidl.errors import InvalidArgument
 from mpidl.exchange import Exchange, Lane, Source, lanes
@@ -127,6 +127,7 @@ class DeviceHierarchical:
         weights = self._gather(weight)
         for i, grad in enumerate(grads):
             part, known = self.owned(grad.size), self._find(self._known, grad)
+            clock.moved_bytes += (part.stop - part.start) * (len(known.grads) - 1) * grad.itemsize
             if part.stop > part.start:
                 mean = self._mean(part.stop - part.start, grad)
                 work = self._work(known, weights, part, mean.dtype)
@@ -166,6 +167,7 @@ class DeviceHierarchical:
         """
         weights = self._gather(weight)
         part, known = self.owned(grad.size), self._find(self._known, grad)
+        clock.moved_bytes += (part.stop - part.start) * (len(known.grads) - 1) * grad.itemsize
         work = self._work(known, weights, part, master.dtype)
         copies = len(known.params)
         fused.update(work, grad.dtype.name, len(known.grads), copies, kernel, master, states)

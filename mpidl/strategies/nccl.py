@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
+from mpidl import clock
 from mpidl.array import device_namespace, gpu_of, real_of
 from mpidl.errors import DeviceNotFound, InvalidArgument, MpidlError
 from mpidl.marks import some
-from mpidl.strategies.base import private, publish_in_turn
+from mpidl.strategies.base import around, private, publish_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from mpidl.array import Array, Averages, Layout, Stream
     from mpidl.world import World
 
+END_SECONDS = 10.0  # until which a sum may end that others are no more part of
 TYPES = {"float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64"}
 
 
@@ -52,13 +55,13 @@ class Nccl:
             found = world.comm.allgather((host, gpu_of(cupy.empty(0))))
         world.agree(_sharing(found))
         with world.mark.enter("joining NCCL's communicator"):
-            mine = self._nccl.get_unique_id() if world.rank == 0 else None
-            name = world.comm.bcast(mine)
-        problem: MpidlError | None = None
+            name, problem = self._name()
+            world.agree(problem)
+            name = world.comm.bcast(name)
         try:
             self._comm = self._nccl.NcclCommunicator(world.size, name, world.rank)
         except self._nccl.NcclError as error:
-            problem = DeviceNotFound(f'strategy "nccl": {error}; NCCL_DEBUG=WARN tells more')
+            problem = _failed(error)
         world.agree(problem)
         self._side = cupy.cuda.Stream(non_blocking=True)
 
@@ -90,6 +93,7 @@ class Nccl:
     def _start(self, grad: Array, weight: float) -> tuple[Array, Any]:
         """Begin with a sum; return where it comes, and the event of its end."""
         total = grad.astype(real_of(grad.dtype), copy=False)
+        clock.moved_bytes += around(total.nbytes, self.world.size)
         if weight != 1:
             total *= weight
         self._side.wait_event(_current().record())
@@ -120,10 +124,24 @@ class Nccl:
         return np.array(values, np.float64)
 
     def close(self) -> None:
-        """Leave the communicator, at once: the others may be gone."""
+        """Leave the communicator, soon: the others may be gone."""
         if self._comm is not None:
+            end = time.monotonic() + END_SECONDS
+            while not self._side.done and time.monotonic() < end:  # the last sum, of all ranks
+                time.sleep(1e-3)
             self._comm.abort()
             self._comm = None
+
+    def _name(self) -> tuple[Any, MpidlError | None]:
+        """Return the communicator's name on rank 0, and what went wrong there."""
+        try:
+            return self._nccl.get_unique_id() if self.world.rank == 0 else None, None
+        except self._nccl.NcclError as error:
+            return None, _failed(error)
+
+
+def _failed(error: Exception) -> DeviceNotFound:
+    return DeviceNotFound(f'strategy "nccl": {error}; NCCL_DEBUG=WARN tells more')
 
 
 def _current() -> Any:

@@ -149,7 +149,8 @@ class Gradients:
     def _end(self) -> None:
         self._task = None
         if self._ran:  # else it was not for these parameters
-            self.average()
+            with clock.lent():  # on a GPU this is a thread of autograd's
+                self.average()
 
     @clock.counted(clock.REDUCE)
     def average(self, weight: float | None = None) -> float:

@@ -160,8 +160,10 @@ class _Averaged:
             if not averages.done:
                 self.synchronize()
             before = clock.switch(clock.UPDATE)
-            found = super().step(**options)  # type: ignore[misc]
-            clock.switch(before)
+            try:
+                found = super().step(**options)  # type: ignore[misc]
+            finally:
+                clock.switch(before)
         averages.done = False
         return found
 

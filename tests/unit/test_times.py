@@ -64,7 +64,8 @@ def lapped(phases: np.ndarray) -> times.Lapped:
     """Return an epoch with `phases` (6, ranks) in seconds."""
     ranks = phases.shape[1]
     return times.Lapped(
-        seconds=phases.sum(axis=0).tolist(),
+        seconds=(phases.sum(axis=0) + 9).tolist(),
+        here=phases.sum(axis=0).max(),
         phases=dict(zip(PHASES, phases.tolist(), strict=True)),
         moved_bytes=[100] * ranks,
         peak_memory_bytes=[1000 + r for r in range(ranks)],
@@ -76,12 +77,12 @@ def lapped(phases: np.ndarray) -> times.Lapped:
 def test_totals_add_up_until_the_ranks_are_others() -> None:
     rng = np.random.default_rng()
     totals = times.Totals()
-    totals.add(lapped(rng.random((6, 3))), 5, 50)
+    totals.add(lapped(rng.random((6, 3))), 5)
     epochs = rng.random((2, 6, 2)) + 1
     for phases in epochs:
-        totals.add(lapped(phases), 7, 70)
+        totals.add(lapped(phases), 7)
     found = totals.summary(owns_parts=True)
-    assert (found["ranks"], found["steps"], found["samples"]) == (2, 14, 140)
+    assert (found["ranks"], found["steps"]) == (2, 14)
     assert found["moved_bytes"] == 400
     whole = epochs.sum(axis=0)
     np.testing.assert_allclose([found["phases"][name] for name in PHASES], whole)
@@ -150,7 +151,7 @@ def test_advice(found: dict[str, Any], config: dict[str, Any] | None, expected: 
 def test_the_table_fits_in_80_columns(ranks: int) -> None:
     phases = np.random.default_rng().random((6, ranks)) * 1e6
     totals = times.Totals()
-    totals.add(lapped(phases), 3, 30)
+    totals.add(lapped(phases), 3)
     found = {**totals.summary(owns_parts=True), "advice": ["too [bold]slow[/]", "second"]}
     found["noise"] = {"scale": 1000.0, "batch": 100, "estimates": 50}
     text = summary.table(found)

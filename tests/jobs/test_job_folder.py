@@ -91,3 +91,4 @@ def test_a_state_that_cannot_be_written_ends_no_training(tmp_path: Path) -> None
     done = job.run("openmpi", 2, job.script(tmp_path, TRAIN), "0", MPIDL_OUT=str(tmp_path / "run"))
     assert done.status == 0, done
     assert "state.json" not in files(tmp_path / "run")
+    assert state(tmp_path / "run/trainer-2")["state"] == "finished"

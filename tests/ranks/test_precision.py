@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -248,3 +248,39 @@ def test_on_gpus_one_kernel_does_it(world: mpidl.World, xp: Any) -> None:
     )
     assert isinstance(replica.strategy, DeviceHierarchical)
     replica.close()
+
+
+class Wide(nn.Module):
+    """Its output is wide already, and stands in a named tuple."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self.inner = inner
+
+    def forward(self, x: Any) -> Any:
+        return Named(self.inner(x).astype(np.float32))
+
+
+class Named(NamedTuple):
+    logits: Any
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_gradients_are_scaled_whatever_comes_out(
+    is_wide: bool, world: mpidl.World, rng: np.random.Generator
+) -> None:
+    x, y = digits(rng)
+    updated = []
+    for precision in (None, "fp16"):
+        model = make_model("cpu")
+        model = Wide(model) if is_wide else model
+        before = to_numpy(next(iter(model.parameters())).data).astype(np.float32)
+        replica = mpidl.DataParallel(model, optim.SGD(0.5), "allreduce", precision=precision)
+        out = model(x)
+        nn.cross_entropy(out.logits if is_wide else out, y).backward()
+        replica.step(weight=len(x))
+        replica.close()
+        updated.append(to_numpy(next(iter(model.parameters())).data) - before)
+    assert np.abs(updated[0]).max() > 1e-3
+    np.testing.assert_allclose(
+        updated[1], updated[0], rtol=0.1, atol=2e-3 * np.abs(updated[0]).max() + 1e-3
+    )

@@ -86,6 +86,22 @@ def test_a_thread_that_trains_has_the_clock(time: SimpleNamespace) -> None:
     assert clock.read()[COMPUTE] == 1.0
 
 
+def test_a_thread_that_is_waited_for_may_have_the_clock(time: SimpleNamespace) -> None:
+    def backward() -> None:
+        with clock.lent():
+            clock.switch(REDUCE)
+            time.now += 2.0
+            clock.switch(COMPUTE)
+
+    clock.switch(COMPUTE)
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    time.now += 1.0
+    clock.switch(OTHER)
+    assert clock.seconds == [1.0, 0.0, 0.0, 2.0, 0.0, 0.0]
+
+
 def test_calls_and_batches(time: SimpleNamespace) -> None:
     @clock.counted(WAIT)
     def wait(*, fails: bool = False) -> None:

@@ -24,7 +24,7 @@ CHILDREN = {
         "no (a sum of 4096 float32 in GPU memory came out wrong)",
     "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)": "no (a trial died of SIGSEGV)",
     "print('mpidl: yes', flush=True); import os; os.abort()": "no (a trial died of SIGABRT)",
-    "import time; time.sleep(60)": "no (a trial did not end within 1 s)",
+    "import time; time.sleep(60)": "no (no answer: a trial did not end within 1 s)",
     "import sys; sys.exit('a\\nno such symbol')":
         "no (a trial failed with status 1: no such symbol)",
     "": "no (a trial failed with status 0: )",
@@ -66,9 +66,13 @@ def test_a_child_is_no_rank_of_this_job(monkeypatch: pytest.MonkeyPatch) -> None
     assert "PMI" not in str(cuda_aware.measure(child(code))).replace("OMPI", "")
 
 
-def test_the_real_child_finds_no_gpu_here() -> None:
+@pytest.mark.parametrize("launched", ["", "SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE"])
+def test_the_real_child_finds_no_gpu_here(launched: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a launcher has started many of this process: it is none of them."""
     if "cupy" in sys.modules:
         pytest.skip("there is a GPU's library")
+    if launched:
+        monkeypatch.setenv(launched, "8")
     assert str(cuda_aware.measure()).startswith("no (no GPU: ")
 
 

@@ -66,6 +66,10 @@ def test_a_run_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert History.read(tmp_path) == made and type(History.read(str(tmp_path))) is History
 
+    again = [*made, epoch(2, accuracy=0.5)]  # made again: a rank had died
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(asdict(e)) + "\n" for e in again))
+    assert History.read(tmp_path) == [again[0], again[2]]
+
     lost = {**asdict(made[0]), "loss": "nan", "metrics": {"loss": "inf"}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lost) + '\n{"kind": ')
     (found,) = History.read(tmp_path)

@@ -181,6 +181,14 @@ class Stream:
         event.of = self, self.given, len(self.lazy)
         return event
 
+    @property
+    def done(self) -> bool:
+        """Whether all has been done: it is, by the time that somebody asks."""
+        waiting, self.lazy[:] = self.lazy[:], [_nothing] * len(self.lazy)
+        for work in waiting:
+            work()
+        return True
+
     def wait_event(self, event: Event) -> None:
         stream, given, _ = event.of
         self.knows[stream.ptr] = given

@@ -204,7 +204,8 @@ raise ValueError(LEAF)
     result = run(mpi, tmp_path, 2, text)
     hooks = [line for line in result.output.splitlines() if line.startswith("hook")]
     assert sorted(hooks) == ["hook of 0", "hook of 1"], result
-    assert result.errors.count(f"ValueError: {LEAF}") == 2, result
+    # Python writes a traceback in pieces, between which another rank's may come
+    assert result.errors.count(f": {LEAF}") == 2, result
     assert "mpidl: rank" not in result.errors, result
 
 

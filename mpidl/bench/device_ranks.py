@@ -10,7 +10,7 @@ import numpy as np
 from mpidl import cuda_aware
 from mpidl.array import device_namespace, gpu_model, to_numpy
 from mpidl.bench import jobs, machine, timing
-from mpidl.bench.methods import DTYPE, Method
+from mpidl.bench.methods import DTYPE, Method, calls
 from mpidl.errors import MpidlError
 from mpidl.strategies import ON_DEVICE, STRATEGIES, own
 
@@ -91,19 +91,7 @@ def of_strategy(
     """
     strategy = ON_DEVICE.get(name, STRATEGIES[name])(world)
     param, grad = strategy.allocate(size, DTYPE, xp)
-
-    def reduce(weight: float) -> None:
-        for _ in strategy.reduce(grad, weight):
-            pass
-
-    def keep(weight: float) -> None:
-        for part, mean in strategy.reduce(grad, weight):
-            param[part] = mean
-
-    def publish(weight: float) -> None:
-        keep(weight)
-        strategy.share(param)
-
+    reduce, keep, publish = calls(strategy, param, grad)
     owned = strategy.owned(size)
     at_owner = Method(name, "reduce", grad, reduce, param, owned, keep=keep)
     everywhere = Method(name, "average", grad, publish, param, slice(0, size))

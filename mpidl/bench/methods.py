@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from mpidl.array import Array, Layout
+    from mpidl.strategies import Strategy
     from mpidl.world import World
+
+    Call = Callable[[float], object]  # of this rank's weight
 
 DTYPE = np.dtype(np.float32)
 
@@ -62,18 +65,7 @@ def of_strategy(name: str, world: World, size: int) -> tuple[list[Method], Calla
     strategy = STRATEGIES[kind](world, **({"codec": codec} if codec else {}))
     param, grad = strategy.allocate(size, DTYPE, np, _layout(size))
     owned, whole = strategy.owned(size), slice(0, size)
-
-    def reduce(weight: float) -> None:
-        for _ in strategy.reduce(grad, weight):
-            pass
-
-    def keep(weight: float) -> None:
-        for part, mean in strategy.reduce(grad, weight):
-            param[part] = mean
-
-    def publish(weight: float) -> None:
-        keep(weight)
-        strategy.share(param)
+    reduce, keep, publish = calls(strategy, param, grad)
 
     def together(weight: float) -> Array:
         mean: Array = strategy.average(grad, weight)  # type: ignore[attr-defined]
@@ -92,6 +84,28 @@ def of_strategy(name: str, world: World, size: int) -> tuple[list[Method], Calla
     elif any(part != whole for part in world.gather(owned)):
         everywhere = replace(everywhere, run=publish, part=whole, keep=None)
     return [everywhere, at_owner], strategy.close
+
+
+def calls(strategy: Strategy, param: Array, grad: Array) -> tuple[Call, Call, Call]:
+    """Return three functions of this rank's weight, each an average by `strategy`. Collective each.
+
+    The first leaves no mean anywhere, the second writes what this rank owns to `param` (n,), and
+    the third brings all of it to every rank.
+    """
+
+    def reduce(weight: float) -> None:
+        for _ in strategy.reduce(grad, weight):
+            pass
+
+    def keep(weight: float) -> None:
+        for part, mean in strategy.reduce(grad, weight):
+            param[part] = mean
+
+    def publish(weight: float) -> None:
+        keep(weight)
+        strategy.share(param)
+
+    return reduce, keep, publish
 
 
 def _layout(size: int) -> Layout:
